@@ -1,0 +1,32 @@
+# make demo   trains on handwritten digits and prints where the picture is (about 5 minutes)
+# make test   runs the tests
+# Both set up all they need in .venv first: a virtual environment with the versions of constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	$(BIN)/sivae train configs/digits.yaml
+
+test: .venv/ready
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch first and alone: without it in place pip would fetch the newest build with gigabytes of CUDA libraries.
+# setuptools and wheel are for deepspeed, which builds from source; DS_BUILD_OPS=0 compiles nothing.
+.venv/ready: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel ninja packaging
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt deepspeed
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv
