@@ -1,0 +1,464 @@
+"""Every setting of a run, with its unit and meaning; read, override, validate, write.
+
+A run is one YAML file. `load("configs/digits.yaml", ["schedule.batch_size=64"])` reads it with OmegaConf,
+applies the `key.path=value` overrides, and validates the whole tree with pydantic before anything else starts:
+unknown keys, wrong types and impossible combinations raise `ConfigError`, which names the key's full path
+and what would be right. Batch sizes are global; intervals and progress are counted in images.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Union, get_args
+
+import fsspec
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message names its full path and what would be right."""
+
+
+class Section(BaseModel):
+    """Strict: no unknown keys, no silent conversion of types, no change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class RunSettings(Section):
+    directory: str = Field(min_length=1)
+    """Where checkpoints, metrics, pictures and logs go: a folder or any fsspec URL."""
+    seed: int = Field(0, ge=0)
+    """Seed of the weights, of every random draw and of the data order."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU when there is one."""
+    checkpoint_images: int = Field(100_000, gt=0)
+    """Save a checkpoint every so many images (and always at the end)."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many checkpoints stay; older ones are deleted after a new one is published."""
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    """A non-finite loss stops the run, or returns to the last checkpoint and goes on with other draws."""
+    max_rollbacks: int = Field(3, ge=0)
+    """How often `on_nonfinite: rollback` may return before the run stops."""
+    init_from: str | None = None
+    """Start from the weights of this model (folder or URL made by `sivae export` or `sivae import`); None starts anew."""
+    storage_options: dict[str, Any] | None = None
+    """Passed to fsspec for `directory` (endpoint, credentials). Never written to disk."""
+
+
+class DataSettings(Section):
+    url: str = Field(min_length=1)
+    """Folder or fsspec URL of a packed set (see `sivae pack`), or `digits:` for the set inside scikit-learn."""
+    num_workers: int = Field(2, ge=0)
+    """Processes per rank that read and decode ahead; 0 reads in the training process."""
+    flip: bool = False
+    """Mirror half of the images, chosen by (seed, epoch, sample)."""
+    cache_dir: str | None = None
+    """Where `digits:` is packed; None means $SIVAE_CACHE or ~/.cache/sivae."""
+    timeout_sec: float = Field(120.0, gt=0)
+    """A read or a worker that is silent for so long is an error, never a hang."""
+    storage_options: dict[str, Any] | None = None
+    """Passed to fsspec for `url` (endpoint, credentials). Never written to disk."""
+
+
+class MlpModel(Section):
+    family: Literal["mlp"] = "mlp"
+    sample_shape: list[int] = Field([2], min_length=1, max_length=3)
+    """Shape of one sample: `[2]` for points, `[channels, height, width]` for images."""
+    latent_dim: int = Field(2, gt=0)
+    """Size of z."""
+    num_hidden: int = Field(256, gt=0)
+    """Width of the hidden layers."""
+    num_layers: int = Field(3, ge=0)
+    """Hidden layers after the input layer."""
+    num_classes: int = Field(0, ge=0)
+    """Classes of a conditional model; 0 means unconditional. Labels come from the data."""
+    output: Literal["linear", "sigmoid"] = "linear"
+    """Last activation of the decoder. `linear` as published; `sigmoid` is needed by `bce`."""
+
+    @property
+    def num_channels(self) -> int:
+        return self.sample_shape[0] if len(self.sample_shape) == 3 else 1
+
+    @property
+    def resolution(self) -> int:
+        return self.sample_shape[-1]
+
+    @property
+    def num_values(self) -> int:
+        """Values in one sample; the paper's s is one over it."""
+        size = 1
+        for length in self.sample_shape:
+            size *= length
+        return size
+
+    @model_validator(mode="after")
+    def _check(self):
+        if any(length < 1 for length in self.sample_shape):
+            raise ValueError(f"sample_shape: {self.sample_shape} has a length below 1")
+        if len(self.sample_shape) == 3 and self.sample_shape[1] != self.sample_shape[2]:
+            raise ValueError(f"sample_shape: images are square, not {self.sample_shape[1:]}")
+        return self
+
+
+class ConvModel(Section):
+    family: Literal["conv"] = "conv"
+    num_channels: int = Field(3, ge=1)
+    """Channels of the images: 1 grey, 3 colour."""
+    resolution: int = Field(32, ge=4)
+    """Height and width of the images in pixels."""
+    channels: list[int] = Field([64, 128, 256], min_length=1)
+    """Feature maps of each level, from the image inwards; each level halves the resolution."""
+    latent_dim: int = Field(128, gt=0)
+    """Size of z."""
+    num_classes: int = Field(0, ge=0)
+    """Classes of a conditional model; 0 means unconditional. Labels come from the data."""
+    norm: Literal["batch", "group", "layer", "pixel", "none"] = "group"
+    """`batch` as published; the others treat every image by itself, so that a saved model samples as in training
+    and the number of GPUs changes nothing. docs/normalisation.md has the measured comparison."""
+    group_size: int = Field(8, ge=1)
+    """Channels in a group of `norm: group`."""
+    residual: Literal["soft_intro_vae", "intro_vae"] = "soft_intro_vae"
+    """Order of the residual block: norm then add, or IntroVAE's add then norm."""
+    output: Literal["linear", "sigmoid"] = "linear"
+    """Last activation of the decoder. `linear` as published; `sigmoid` is needed by `bce`."""
+
+    @property
+    def num_values(self) -> int:
+        """Values in one sample; the paper's s is one over it."""
+        return self.num_channels * self.resolution**2
+
+    @model_validator(mode="after")
+    def _check(self):
+        if any(width < 1 for width in self.channels):
+            raise ValueError(f"channels: {self.channels} has a width below 1")
+        halved = 2 ** len(self.channels)
+        if self.resolution % halved or self.resolution // halved < 2:
+            fits = max(
+                (n for n in range(1, 11) if self.resolution % 2**n == 0 and self.resolution // 2**n >= 4), default=1
+            )
+            raise ValueError(
+                f"channels: {len(self.channels)} levels divide the resolution by {halved}, which {self.resolution} pixels"
+                f" do not allow; give {fits} or fewer levels, or another resolution"
+            )
+        if self.norm == "group" and any(width % self.group_size for width in self.channels):
+            raise ValueError(f"group_size: {self.group_size} does not divide every width of channels {self.channels}")
+        return self
+
+
+ModelSettings = Annotated[Union[MlpModel, ConvModel], Field(discriminator="family")]
+
+
+class _Objective(Section):
+    reconstruction: Literal["mse", "l1", "bce"] = "mse"
+    """Reconstruction error of an image, summed over its pixels and channels."""
+    beta_rec: float = Field(1.0, ge=0)
+    """Weight of the reconstruction error."""
+    beta_kl: float = Field(1.0, ge=0)
+    """Weight of the KL divergence of real images (and of generated ones in the decoder's loss)."""
+
+
+class VaeObjective(_Objective):
+    name: Literal["vae"] = "vae"
+
+
+class _Introspective(_Objective):
+    vae_images: int = Field(0, ge=0)
+    """Train as a plain VAE for the first so many images."""
+
+
+class IntroVaeObjective(_Introspective):
+    name: Literal["intro_vae"] = "intro_vae"
+    margin: float = Field(100.0, ge=0)
+    """The hinge's margin m: the encoder pushes the KL of generated images up to it."""
+    beta_neg: float = Field(1.0, ge=0)
+    """Weight of the hinge (`weight_neg` in the published code, alpha in the paper)."""
+
+
+class SoftIntroVaeObjective(_Introspective):
+    name: Literal["soft_intro_vae"] = "soft_intro_vae"
+    beta_neg: float = Field(256.0, ge=0)
+    """Weight of the KL divergence of generated images inside the encoder's exponential."""
+    gamma_r: float = Field(0.0, ge=0)
+    """Weight of the reconstruction of generated images in the decoder's loss. 0 skips those passes;
+    published 1e-8, which is the same to rounding."""
+    scale: float | None = Field(None, gt=0)
+    """The paper's s; None means one over the values of an image (channels x height x width)."""
+
+
+class BootstrapObjective(SoftIntroVaeObjective):
+    name: Literal["bootstrap"] = "bootstrap"
+    gamma_r: float = Field(1.0, gt=0)
+    """Weight of the reconstruction of generated images through the target decoder."""
+    target_refresh_images: int = Field(50_000, gt=0)
+    """Copy the decoder's weights into the target decoder every so many images (published: every epoch)."""
+
+
+ObjectiveSettings = Annotated[
+    Union[VaeObjective, IntroVaeObjective, SoftIntroVaeObjective, BootstrapObjective], Field(discriminator="name")
+]
+
+
+class LearningRateSchedule(Section):
+    kind: Literal["constant", "milestones", "cosine"] = "constant"
+    """How the learning rate goes after its warm-up."""
+    warmup_images: int = Field(0, ge=0)
+    """Rise linearly from 0 over the first so many images."""
+    milestones_images: list[int] = []
+    """`milestones`: multiply by `gamma` at each of these counts of images."""
+    gamma: float = Field(0.1, gt=0, le=1)
+    """`milestones`: the factor."""
+    hold_images: int = Field(0, ge=0)
+    """`cosine`: stay at the full rate for so many images before the decay starts."""
+    final_fraction: float = Field(0.0, ge=0, le=1)
+    """`cosine`: fraction of the learning rate that is left at the end of the run."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.kind == "milestones" and not self.milestones_images:
+            raise ValueError("milestones_images: kind `milestones` needs at least one")
+        if self.kind != "milestones" and self.milestones_images:
+            raise ValueError(
+                f"milestones_images: kind `{self.kind}` does not use them; remove them or set kind `milestones`"
+            )
+        if any(a >= b for a, b in zip(self.milestones_images, self.milestones_images[1:])):
+            raise ValueError(f"milestones_images: {self.milestones_images} must rise")
+        return self
+
+
+class OptimizerSettings(Section):
+    lr: float = Field(2e-4, gt=0)
+    """Learning rate of Adam."""
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """Adam's decay rates."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay (AdamW); 0 is plain Adam."""
+    clip_grad_norm: float | None = Field(None, gt=0)
+    """Clip the global gradient norm to this; None does not clip."""
+    schedule: LearningRateSchedule = LearningRateSchedule()
+    """How the learning rate goes over the images of the run."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: {self.betas} must lie in [0, 1)")
+        return self
+
+
+class EngineSettings(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed divides among the ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the networks in autocast; weights, optimizer and losses stay float32."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Images per rank and pass; gradients accumulate over passes. None takes the rank's whole share at once."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in CPU memory. Compiles DeepSpeed's CPU Adam on first use (minutes); needs zero_stage 1 to 3."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer: needs zero_stage 1, 2 or 3")
+        return self
+
+
+class ScheduleSettings(Section):
+    total_images: int = Field(gt=0)
+    """The run ends when so many real images have been seen."""
+    batch_size: int = Field(32, gt=0)
+    """Real images per step over all ranks and accumulation passes together."""
+
+
+class EmaSettings(Section):
+    halflife_images: float = Field(10_000.0, ge=0)
+    """Images after which a weight's share in the average has halved; 0 keeps the plain weights."""
+    rampup_ratio: float | None = Field(0.05, gt=0)
+    """Early on the half-life is at most this share of the images seen; None does not ramp."""
+
+
+class TrackingSettings(Section):
+    log_images: int = Field(10_000, gt=0)
+    """Write scalars every so many images."""
+    picture_images: int = Field(50_000, gt=0)
+    """Draw the grid of real images, reconstructions and samples every so many images."""
+    picture_count: int = Field(32, gt=0)
+    """Real images, and as many samples, in the grid."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    progress: bool = True
+    """Show the progress bar."""
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunSettings
+    data: DataSettings
+    model: ModelSettings
+    objective: ObjectiveSettings
+    encoder_optimizer: OptimizerSettings = OptimizerSettings()
+    decoder_optimizer: OptimizerSettings = OptimizerSettings()
+    engine: EngineSettings = EngineSettings()
+    schedule: ScheduleSettings
+    ema: EmaSettings = EmaSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.model.family == "mlp" and len(self.model.sample_shape) != 3:
+            raise ValueError(
+                f"model.sample_shape: {self.model.sample_shape} is no image; image sets need [channels, height, width]"
+            )
+        if self.objective.reconstruction == "bce" and self.model.output != "sigmoid":
+            raise ValueError("objective.reconstruction: bce needs values in [0, 1]; set model.output=sigmoid")
+        for name in ("encoder_optimizer", "decoder_optimizer"):
+            lr = getattr(self, name).schedule
+            if lr.warmup_images + lr.hold_images > self.schedule.total_images and lr.kind == "cosine":
+                raise ValueError(
+                    f"{name}.schedule.hold_images: warm-up and hold take {lr.warmup_images + lr.hold_images} images,"
+                    f" more than schedule.total_images={self.schedule.total_images}"
+                )
+        if self.schedule.batch_size > self.schedule.total_images:
+            raise ValueError(
+                f"schedule.batch_size: {self.schedule.batch_size} is more than"
+                f" schedule.total_images={self.schedule.total_images}"
+            )
+        return self
+
+    def accumulation(self, world_size: int) -> int:
+        """Passes per step on `world_size` ranks. Raises ConfigError when the global batch does not divide."""
+        batch, micro = self.schedule.batch_size, self.engine.micro_batch_size
+        if batch % world_size:
+            raise ConfigError(
+                f"schedule.batch_size: {batch} images do not divide over {world_size} ranks;"
+                f" {batch - batch % world_size or world_size} or {batch - batch % world_size + world_size} would"
+            )
+        share = batch // world_size
+        if micro is None:
+            return 1
+        if share % micro:
+            raise ConfigError(
+                f"engine.micro_batch_size: {micro} does not divide the {share} images of a rank"
+                f" (schedule.batch_size={batch} over {world_size} ranks)"
+            )
+        return share // micro
+
+
+def load(path: str, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file (path or fsspec URL), apply `key.path=value` overrides, validate.
+
+    Raises ConfigError in one sentence for a missing or unreadable file, a malformed override or a wrong setting.
+    """
+    try:
+        with fsspec.open(path, "r") as file:
+            text = file.read()
+    except (OSError, ValueError, ImportError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ConfigError(
+            f"{path}: cannot be read ({reason}); give the path of a YAML file such as configs/digits.yaml"
+        ) from None
+    try:
+        # OmegaConf's loader, not plain YAML: it reads 2e-4 as a number.
+        tree = OmegaConf.create(text)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
+    if not OmegaConf.is_dict(tree) or not tree:
+        raise ConfigError(f"{path}: holds no settings; see configs/digits.yaml for an example")
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ConfigError(f"{override}: an override is written key.path=value, for example schedule.batch_size=64")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{override}: cannot be applied ({' '.join(str(error).split())})") from None
+    try:
+        return parse(OmegaConf.to_container(tree, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def parse(tree: dict[str, Any]) -> Config:
+    """Validate a plain tree of settings. Raises ConfigError naming the full path of what is wrong."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(item) for item in error.errors())) from None
+
+
+def parse_model(tree: dict[str, Any]) -> MlpModel | ConvModel:
+    """Validate the settings of a model alone, as checkpoints and exported models hold them."""
+    try:
+        return TypeAdapter(ModelSettings).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(
+            "; ".join(f"model.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        ) from None
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """The resolved settings as a plain tree, without what may hold secrets (`storage_options`)."""
+    return config.model_dump(mode="json", exclude={"run": {"storage_options"}, "data": {"storage_options"}})
+
+
+def dump_yaml(config: Config) -> str:
+    return yaml.safe_dump(dump(config), sort_keys=False)
+
+
+def _sentence(item: dict[str, Any]) -> str:
+    """One pydantic error as `full.path: what is wrong; what would be right`."""
+    section, path = _walk(item["loc"])
+    where, kind = ".".join(path), item["type"]
+    if kind == "extra_forbidden":
+        known = sorted(section.model_fields) if section else []
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
+        return f"{where}: unknown setting; {hint}"
+    if kind == "missing":
+        return f"{where}: is missing; give it in the YAML file or as {where}=value"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tag = item["ctx"]["discriminator"].strip("'")
+        known = item["ctx"].get("expected_tags") or "one of the known ones"
+        return f"{where}.{tag}: must be one of {known}"
+    if kind == "value_error":
+        # Our own checks start with the key they speak of, relative to the section they stand in.
+        return f"{where}.{item['ctx']['error']}" if where else str(item["ctx"]["error"])
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return f"{where}: {message}, not {item['input']!r}"
+
+
+def _walk(location: tuple[Any, ...]) -> tuple[type[Section] | None, list[str]]:
+    """The section that holds the last key, and the path without pydantic's tags of unions."""
+    section: type[Section] | None = Config
+    path: list[str] = []
+    for index, part in enumerate(location):
+        members = (
+            _members(section.model_fields[path[-1]].annotation)
+            if section and path and path[-1] in section.model_fields
+            else []
+        )
+        by_tag = {
+            str(field.default): member
+            for member in members
+            for name, field in member.model_fields.items()
+            if name in ("family", "name")
+        }
+        if part in by_tag:
+            section = by_tag[part]
+            continue
+        if len(members) == 1 and index:
+            section = members[0]
+        path.append(str(part))
+    return section, path
+
+
+def _members(annotation: Any) -> list[type[Section]]:
+    """The section classes inside an annotation: itself, or the members of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [member for part in get_args(annotation) for member in _members(part)]
