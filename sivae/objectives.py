@@ -1,0 +1,237 @@
+"""The training objectives: pure functions of modules, tensors and explicit random draws.
+
+Sources: Soft-IntroVAE (arXiv 2012.13253, equations 4 to 7 and the published code), IntroVAE (arXiv 1807.06358),
+VAE (arXiv 1312.6114). A step has two phases: `encoder_phase` trains the encoder, then `decoder_phase` trains the
+decoder against the updated encoder. Freezing, modes and collectives belong to the engines, random numbers to the caller.
+
+Differs on purpose: a plain VAE step runs in the same two phases. Its gradients are those of the joint loss, because the
+decoder does not change before its phase and z is handed over; the price is one more decoder pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Encoder = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Decoder = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Standard normal draws of a step, each [B, latent_dim]. `_d` are those of the decoder phase."""
+
+    z_prior: Tensor
+    eps_real: Tensor
+    eps_rec: Tensor
+    eps_fake: Tensor
+    eps_rec_d: Tensor
+    eps_fake_d: Tensor
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        return tuple(field.name for field in fields(Draws))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase returns: the loss to differentiate (a scalar), its detached terms (scalars), and z for the decoder phase."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    z: Tensor | None = None
+
+
+def kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, I)) in nats, summed over the latent: [B, D] -> [B] float32."""
+    mu, logvar = mu.float(), logvar.float()
+    return -0.5 * (1 + logvar - logvar.exp() - mu.square()).sum(dim=1)
+
+
+def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
+    """z = mu + eps * exp(logvar / 2), float32."""
+    return mu.float() + eps * (0.5 * logvar.float()).exp()
+
+
+def reconstruction_error(target: Tensor, rec: Tensor, kind: str) -> Tensor:
+    """Error of each sample, summed over everything but the batch: [B, ...] -> [B] float32. `bce` wants values in [0, 1]."""
+    target, rec = target.float().flatten(1), rec.float().flatten(1)
+    if kind == "mse":
+        return (rec - target).square().sum(dim=1)
+    if kind == "l1":
+        return (rec - target).abs().sum(dim=1)
+    if kind == "bce":
+        return F.binary_cross_entropy(rec, target, reduction="none").sum(dim=1)
+    raise ValueError(f"no reconstruction error is called {kind!r}")
+
+
+@dataclass(frozen=True)
+class Vae:
+    """beta_rec * rec(x) + beta_kl * KL(x), unscaled as published."""
+
+    beta_rec: float = 1.0
+    beta_kl: float = 1.0
+    reconstruction: str = "mse"
+
+    def rec(self, target: Tensor, rec: Tensor) -> Tensor:
+        return reconstruction_error(target, rec, self.reconstruction)
+
+    def encoder_phase(
+        self, encoder: Encoder, decoder: Decoder, x: Tensor, draws: Draws, labels: Tensor | None = None,
+        target_decoder: Decoder | None = None,
+    ) -> Phase:  # fmt: skip
+        mu, logvar = encoder(x, labels)
+        z = reparameterize(mu, logvar, draws.eps_real)
+        rec, kl_real = self.rec(x, decoder(z, labels)).mean(), kl(mu, logvar).mean()
+        loss = self.beta_rec * rec + self.beta_kl * kl_real
+        return Phase(loss, _detach(loss_encoder=loss, rec=rec, kl_real=kl_real), z.detach())
+
+    def decoder_phase(
+        self, encoder: Encoder, decoder: Decoder, x: Tensor, z: Tensor, draws: Draws, labels: Tensor | None = None,
+        target_decoder: Decoder | None = None,
+    ) -> Phase:  # fmt: skip
+        rec = self.rec(x, decoder(z, labels)).mean()
+        loss = self.beta_rec * rec
+        return Phase(loss, _detach(loss_decoder=loss, rec_d=rec))
+
+
+@dataclass(frozen=True)
+class IntroVae(Vae):
+    """IntroVAE: a hinge on the batch means of the KL of reconstructions and fakes.
+
+    The published code adds the reconstruction's gradient to the decoder's by not clearing it between the phases;
+    here it stands in the decoder's loss, at the z of the encoder phase.
+    """
+
+    beta_neg: float = 1.0
+    margin: float = 100.0
+
+    def encoder_phase(
+        self, encoder: Encoder, decoder: Decoder, x: Tensor, draws: Draws, labels: Tensor | None = None,
+        target_decoder: Decoder | None = None,
+    ) -> Phase:  # fmt: skip
+        fake = decoder(draws.z_prior, labels)
+        mu, logvar = encoder(x, labels)
+        z = reparameterize(mu, logvar, draws.eps_real)
+        rec_image = decoder(z, labels)
+        # Inputs are detached: the encoder is trained to tell images, not to make them.
+        kl_rec = kl(*encoder(rec_image.detach(), labels)).mean()
+        kl_fake = kl(*encoder(fake.detach(), labels)).mean()
+        rec, kl_real = self.rec(x, rec_image).mean(), kl(mu, logvar).mean()
+        hinge = 0.5 * (F.relu(self.margin - kl_rec) + F.relu(self.margin - kl_fake))
+        loss = self.beta_rec * rec + self.beta_kl * (kl_real + self.beta_neg * hinge)
+        return Phase(
+            loss, _detach(loss_encoder=loss, rec=rec, kl_real=kl_real, kl_rec=kl_rec, kl_fake=kl_fake), z.detach()
+        )
+
+    def decoder_phase(
+        self, encoder: Encoder, decoder: Decoder, x: Tensor, z: Tensor, draws: Draws, labels: Tensor | None = None,
+        target_decoder: Decoder | None = None,
+    ) -> Phase:  # fmt: skip
+        fake, rec_image = decoder(draws.z_prior, labels), decoder(z, labels)
+        kl_rec, kl_fake = kl(*encoder(rec_image, labels)).mean(), kl(*encoder(fake, labels)).mean()
+        rec = self.rec(x, rec_image).mean()
+        loss = self.beta_rec * rec + self.beta_kl * 0.5 * (kl_rec + kl_fake)
+        return Phase(loss, _detach(loss_decoder=loss, rec_d=rec, kl_rec_d=kl_rec, kl_fake_d=kl_fake))
+
+
+@dataclass(frozen=True)
+class SoftIntroVae(Vae):
+    """Soft-IntroVAE. `scale` is the paper's s, one over the number of values of a sample."""
+
+    beta_neg: float = 256.0
+    gamma_r: float = 0.0
+    scale: float = 1.0
+
+    def encoder_phase(
+        self, encoder: Encoder, decoder: Decoder, x: Tensor, draws: Draws, labels: Tensor | None = None,
+        target_decoder: Decoder | None = None,
+    ) -> Phase:  # fmt: skip
+        fake = decoder(draws.z_prior, labels)
+        mu, logvar = encoder(x, labels)
+        z = reparameterize(mu, logvar, draws.eps_real)
+        rec_image = decoder(z, labels)
+        rec, kl_real = self.rec(x, rec_image).mean(), kl(mu, logvar).mean()
+
+        second = self._second_decoder(decoder, target_decoder)
+        exp_elbo_rec, kl_rec = self._exp_elbo(encoder, second, rec_image, draws.eps_rec, labels)
+        exp_elbo_fake, kl_fake = self._exp_elbo(encoder, second, fake, draws.eps_fake, labels)
+        loss = self.scale * (self.beta_rec * rec + self.beta_kl * kl_real) + 0.25 * (exp_elbo_rec + exp_elbo_fake)
+        terms = _detach(
+            loss_encoder=loss, rec=rec, kl_real=kl_real, kl_rec=kl_rec, kl_fake=kl_fake,
+            exp_elbo_rec=exp_elbo_rec, exp_elbo_fake=exp_elbo_fake,
+        )  # fmt: skip
+        return Phase(loss, terms, z.detach())
+
+    def decoder_phase(
+        self, encoder: Encoder, decoder: Decoder, x: Tensor, z: Tensor, draws: Draws, labels: Tensor | None = None,
+        target_decoder: Decoder | None = None,
+    ) -> Phase:  # fmt: skip
+        fake, rec_image = decoder(draws.z_prior, labels), decoder(z, labels)
+        rec = self.rec(x, rec_image).mean()
+        mu_rec, logvar_rec = encoder(rec_image, labels)
+        mu_fake, logvar_fake = encoder(fake, labels)
+        kl_rec, kl_fake = kl(mu_rec, logvar_rec).mean(), kl(mu_fake, logvar_fake).mean()
+        loss = self.beta_rec * rec + 0.5 * self.beta_kl * (kl_rec + kl_fake)
+        terms = dict(rec_d=rec, kl_rec_d=kl_rec, kl_fake_d=kl_fake)
+        if self.gamma_r:
+            second = self._second_decoder(decoder, target_decoder)
+            z_rec = reparameterize(mu_rec, logvar_rec, draws.eps_rec_d)
+            z_fake = reparameterize(mu_fake, logvar_fake, draws.eps_fake_d)
+            rec_rec, rec_fake = (
+                self._rec_again(second, rec_image, z_rec, labels),
+                self._rec_again(second, fake, z_fake, labels),
+            )
+            loss = loss + 0.5 * self.gamma_r * self.beta_rec * (rec_rec + rec_fake)
+            terms |= dict(rec_rec_d=rec_rec, rec_fake_d=rec_fake)
+        loss = self.scale * loss
+        return Phase(loss, _detach(loss_decoder=loss, **terms))
+
+    def _exp_elbo(
+        self, encoder: Encoder, second: Decoder, image: Tensor, eps: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Batch means of exp(-2s (beta_rec rec + beta_neg KL)) of a generated image, and of its KL."""
+        mu, logvar = encoder(image.detach(), labels)
+        again = second(reparameterize(mu, logvar, eps), labels)
+        # The encoder's input is detached, the target of the error is not: through `rec` gradient reaches the encoder.
+        error, divergence = self.rec(image, again), kl(mu, logvar)
+        # Both are non-negative, so the exponential lies in (0, 1]: it can vanish but not overflow.
+        return (-2 * self.scale * (self.beta_rec * error + self.beta_neg * divergence)).exp().mean(), divergence.mean()
+
+    def _second_decoder(self, decoder: Decoder, target_decoder: Decoder | None) -> Decoder:
+        """What reconstructs generated images."""
+        return decoder
+
+    def _rec_again(self, second: Decoder, image: Tensor, z: Tensor, labels: Tensor | None) -> Tensor:
+        """Error of reconstructing a generated image. Image and z are fixed: the decoder learns the map, not the image."""
+        return self.rec(image.detach(), second(z.detach(), labels)).mean()
+
+
+@dataclass(frozen=True)
+class Bootstrap(SoftIntroVae):
+    """Soft-IntroVAE with a target decoder, a slow and frozen copy, which reconstructs the generated images in both phases."""
+
+    def _second_decoder(self, decoder: Decoder, target_decoder: Decoder | None) -> Decoder:
+        if target_decoder is None:
+            raise ValueError("the bootstrap objective needs a target decoder")
+        return target_decoder
+
+    def _rec_again(self, second: Decoder, image: Tensor, z: Tensor, labels: Tensor | None) -> Tensor:
+        # Nothing is detached, as published: the copy is frozen and hands the gradient on to the image.
+        return self.rec(image, second(z, labels)).mean()
+
+
+OBJECTIVES = {"vae": Vae, "intro_vae": IntroVae, "soft_intro_vae": SoftIntroVae, "bootstrap": Bootstrap}
+
+
+def build(name: str, num_values: int, scale: float | None = None, **fields) -> Vae:
+    """An objective by name. `scale=None` is one over `num_values`, the values of a sample."""
+    objective = OBJECTIVES[name]
+    if issubclass(objective, SoftIntroVae):
+        fields["scale"] = scale or 1 / num_values
+    return objective(**fields)
+
+
+def _detach(**terms: Tensor) -> dict[str, Tensor]:
+    return {name: term.detach() for name, term in terms.items()}
