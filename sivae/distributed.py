@@ -1,0 +1,166 @@
+"""The process group: who this process is, which device it uses, and the few collectives the trainer needs.
+
+Works alone, under torchrun, under Slurm through torchrun, and inside a Ray worker that has already initialised torch.distributed.
+NCCL moves CUDA tensors; a gloo group beside it carries the flags that only the host looks at, so that agreeing
+on a stop never waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sivae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Group:
+    """`rank` of `world_size` processes, each with one `device`."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: Any
+    """A gloo group for host-side agreement."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when true on one. Host only: no device synchronisation."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(value)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's picklable object, on every rank (the group's own processes trust each other)."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on rank 0 and give its result to all. What it raises is raised on every rank: nobody waits for a dead rank 0."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as caught:  # noqa: BLE001 (passed on to every rank below)
+                error = caught
+        if self.world_size == 1:
+            if error is not None:
+                raise error
+            return result
+        sentence = str(error) if isinstance(error, UserError) else f"rank 0 failed: {error!r}" if error else None
+        result, sentence = self.broadcast_object((result, sentence))
+        if error is not None:
+            raise error
+        if sentence is not None:
+            raise UserError(sentence, shared=True)
+        return result
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over the ranks of a device tensor."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    def max(self, value: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value
+
+    def broadcast_from_main(self, read: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that rank 0 reads, on every rank's CPU; an error of the reading is raised on all."""
+        tensors: dict[str, Tensor] | None = None
+
+        def keep() -> None:
+            nonlocal tensors
+            tensors = read()
+
+        self.on_main(keep)
+        return self.broadcast(tensors)
+
+    def broadcast(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Rank 0's tensors, by name, on every rank's CPU."""
+        if self.world_size == 1:
+            return tensors
+        shapes = self.broadcast_object(
+            {k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} if self.is_main else None
+        )
+        result = {}
+        for name, (shape, dtype) in shapes.items():
+            tensor = (
+                tensors[name].to(self.device) if self.is_main else torch.empty(shape, dtype=dtype, device=self.device)
+            )
+            dist.broadcast(tensor, src=0)
+            result[name] = tensor.cpu()
+        return result
+
+
+def pick_device(choice: str) -> torch.device:
+    """`auto`, `cpu` or `cuda`; under several processes on a node each takes the GPU of its local rank."""
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    if choice == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "run.device: cuda is asked for, but torch sees no GPU; `sivae doctor` says more, run.device=cpu goes without"
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()};"
+            " start as many processes per node as it has GPUs"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def join(device_choice: str = "auto", timeout_sec: float = 1800.0) -> Iterator[Group]:
+    """Join the process group that the launcher describes, or make a group of one.
+
+    A group of several is left in the end. A group of one stays until the process ends, because DeepSpeed holds on to the
+    first one it meets: so a notebook can train twice.
+    """
+    device = pick_device(device_choice)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    ours = not dist.is_initialized()
+    timeout = timedelta(seconds=timeout_sec)
+    if ours:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            # A store in memory: a single process opens no port.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            atexit.register(leave)
+    control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
+    try:
+        yield Group(dist.get_rank(), dist.get_world_size(), device, control)
+        if control is not None:
+            dist.barrier(group=control)  # a rank that leaves early breaks the others' last collective
+    finally:
+        if ours and control is not None:
+            leave()
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,297 @@
+"""Two DeepSpeed engines, one per network; the only module that imports deepspeed.
+
+A phase of the training step is one call of an engine: the engine wraps a module whose `forward` takes the whole phase
+as a function, so DeepSpeed sees one forward and one backward however often the phase uses the network. The other
+network is called as a plain module and frozen meanwhile. tests/distributed/test_equality.py holds this to plain torch
+for ZeRO 0 to 3, with accumulation and clipping; several engine calls before a backward, or an unfrozen partner,
+are silently wrong there.
+
+State goes in and out as whole float32 tensors by parameter name, whatever the stage and the number of ranks.
+That is what makes a checkpoint independent of both, and it needs no DeepSpeed file format, which is pickled.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sivae.distributed import Group
+from sivae.objectives import Phase
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _PhaseModule(nn.Module):
+    """Runs a phase as its forward; in autocast for bfloat16."""
+
+    def __init__(self, network: nn.Module, autocast: bool, device_type: str):
+        super().__init__()
+        self.network, self.autocast, self.device_type = network, autocast, device_type
+
+    def forward(self, run: Callable[[], Tensor]) -> Tensor:
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast):
+            return run()
+
+
+class Engine:
+    """A network with its optimizer under DeepSpeed, and the running average of its weights.
+
+    `found_inf` is a device flag shared by both engines: once it is 1, optimizer steps change nothing. A non-finite loss
+    thereby spoils no weight before the host, which looks only between log steps, has seen it.
+    """
+
+    def __init__(
+        self, network: nn.Module, group: Group, *, lr: float, betas: list[float], eps: float, weight_decay: float,
+        clip_grad_norm: float | None, zero_stage: int, precision: str, offload_optimizer: bool,
+        micro_batch_size: int, accumulation: int, found_inf: Tensor,
+    ):  # fmt: skip
+        deepspeed = _import_deepspeed(group.device)
+        self.group, self.zero_stage, self.network = group, zero_stage, network.to(group.device)
+        wrapped = _PhaseModule(self.network, precision == "bfloat16", group.device.type)
+        self.offload, self.accumulation, self.found_inf = offload_optimizer, accumulation, found_inf
+        if offload_optimizer:
+            optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
+                wrapped.parameters(), lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay
+            )
+        else:
+            # Without weight decay AdamW is Adam. Fused: the only implementation that honours `found_inf`.
+            optimizer = torch.optim.AdamW(
+                wrapped.parameters(), lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True
+            )
+            optimizer.found_inf = found_inf
+        zero: dict[str, Any] = {"stage": zero_stage}
+        if offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": group.device.type == "cuda"}
+        settings = {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": clip_grad_norm or 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+        }
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
+        self.engine, _, _, _ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=settings)
+        self._reset_optimizer()
+        self.average = [tensor.clone() for tensor in self._live()]
+        self.average_buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+        self.grad_norm = torch.zeros((), device=group.device)
+
+    # One phase
+
+    def phase(self, run: Callable[[], Phase]) -> Phase:
+        """Forward and backward of one phase. The caller has frozen the other network (see `freeze`)."""
+        result: list[Phase] = []
+
+        def forward() -> Tensor:
+            result.append(run())
+            return result[0].loss
+
+        loss = self.engine(forward)
+        self.engine.backward(loss)
+        return result[0]
+
+    def step(self, lr: float) -> None:
+        """Optimizer step at learning rate `lr` when the accumulated passes are complete, else only the bookkeeping."""
+        last = self.engine.is_gradient_accumulation_boundary()
+        for parameters in self._adam().param_groups:
+            parameters["lr"] = lr
+        if last and self.zero_stage == 0:
+            self.grad_norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in self.network.parameters() if p.grad is not None]
+            )
+        if last and self.offload and bool(self.found_inf):
+            # DeepSpeed's CPU Adam knows no found_inf; its gradients are on the host anyway, so looking costs nothing more.
+            self.engine.optimizer.zero_grad()
+            self.engine.micro_steps += 1
+            return
+        self.engine.step()
+        if last and self.zero_stage:
+            self.grad_norm = torch.as_tensor(
+                self.engine.get_global_grad_norm() or 0.0, dtype=torch.float32, device=self.group.device
+            )
+
+    # The running average
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """average = decay * average + (1 - decay) * weights, buffers included. Under ZeRO 3 each rank averages its shard."""
+        torch._foreach_lerp_(self.average, self._live(), 1 - decay)
+        for name, buffer in self.network.named_buffers():
+            if buffer.is_floating_point():
+                self.average_buffers[name].lerp_(buffer, 1 - decay)
+            else:
+                self.average_buffers[name].copy_(buffer)
+
+    # State as whole tensors; every method below is a collective under ZeRO 1 to 3: all ranks call it
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights and buffers by name, on the CPU. Floating buffers are averaged over the ranks, in place too."""
+        for buffer in self.network.buffers():
+            if buffer.is_floating_point():
+                self.group.mean(buffer)
+        buffers = {name: buffer.detach().cpu().clone() for name, buffer in self.network.named_buffers()}
+        return self._gather(self._live()) | buffers
+
+    def average_state_dict(self) -> dict[str, Tensor]:
+        """The running average of weights and buffers by name, on the CPU."""
+        for buffer in self.average_buffers.values():
+            if buffer.is_floating_point():
+                self.group.mean(buffer)
+        buffers = {name: buffer.cpu().clone() for name, buffer in self.average_buffers.items()}
+        return self._gather(self.average) | buffers
+
+    def optimizer_state_dict(self) -> dict[str, Tensor]:
+        """`MOMENT.PARAMETER` -> float32 tensor on the CPU, and `step`."""
+        adam, state = self._adam(), {}
+        with self._thawed() as ds:
+            for moment in MOMENTS:
+                if self.zero_stage == 0:
+                    tensors = [adam.state[p][moment] for p in self.network.parameters()]
+                elif self.zero_stage == 3:
+                    tensors = [ds.safe_get_local_optimizer_state(p, moment) for p in self.network.parameters()]
+                else:
+                    tensors = [ds.safe_get_full_optimizer_state(p, moment) for p in self.network.parameters()]
+                state |= {f"{moment}.{name}": tensor for name, tensor in self._gather(tensors).items()}
+        steps = [values["step"] for values in adam.state.values()]
+        return state | {"step": torch.as_tensor(steps[0], dtype=torch.float32).cpu().reshape(())}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Whole weights and buffers into the engine, its master copy included. Strict."""
+        _check_names(state, [*self.shapes, *(name for name, _ in self.network.named_buffers())])
+        with self._thawed() as ds:
+            for name, parameter in self.network.named_parameters():
+                value = state[name].to(self.group.device, torch.float32)
+                if self.zero_stage == 3:
+                    shard = self._shard(value, parameter)
+                    parameter.ds_tensor.copy_(shard)
+                    ds.safe_set_local_fp32_param(parameter, shard)
+                else:
+                    parameter.copy_(value)
+                    if self.zero_stage:
+                        ds.safe_set_full_fp32_param(parameter, value)
+        for name, buffer in self.network.named_buffers():
+            buffer.copy_(state[name])
+
+    @torch.no_grad()
+    def load_average_state_dict(self, state: dict[str, Tensor]) -> None:
+        _check_names(state, [*self.shapes, *self.average_buffers])
+        for average, (name, parameter) in zip(self.average, self.network.named_parameters()):
+            value = state[name].to(self.group.device, torch.float32)
+            average.copy_(self._shard(value, parameter) if self.zero_stage == 3 else value)
+        for name, buffer in self.average_buffers.items():
+            buffer.copy_(state[name])
+
+    @torch.no_grad()
+    def load_optimizer_state_dict(self, state: dict[str, Tensor]) -> None:
+        _check_names(state, ["step", *(f"{moment}.{name}" for moment in MOMENTS for name in self.shapes)])
+        adam = self._adam()
+        for values in adam.state.values():
+            if isinstance(values["step"], Tensor):
+                values["step"].fill_(float(state["step"]))
+            else:
+                values["step"] = int(state["step"])
+        with self._thawed() as ds:
+            for moment in MOMENTS:
+                for name, parameter in self.network.named_parameters():
+                    value = state[f"{moment}.{name}"].to(self.group.device)
+                    if self.zero_stage == 0:
+                        adam.state[parameter][moment].copy_(value)
+                    elif self.zero_stage == 3:
+                        ds.safe_set_local_optimizer_state(parameter, self._shard(value, parameter), moment)
+                    else:
+                        ds.safe_set_full_optimizer_state(parameter, value, moment)
+
+    # Helpers
+
+    def _adam(self) -> torch.optim.Optimizer:
+        """The torch optimizer under DeepSpeed's wrapper."""
+        return self.engine.optimizer.optimizer if self.zero_stage else self.engine.optimizer
+
+    @contextmanager
+    def _thawed(self) -> Iterator[Any]:
+        """DeepSpeed's state accessors. Under ZeRO 3 they silently skip a frozen parameter and keep gathered copies in use."""
+        import deepspeed.utils
+
+        before = [parameter.requires_grad for parameter in self.network.parameters()]
+        self.network.requires_grad_(True)
+        if self.zero_stage == 3:
+            self.engine.empty_partition_cache()
+        yield deepspeed.utils
+        for parameter, requires_grad in zip(self.network.parameters(), before):
+            parameter.requires_grad_(requires_grad)
+
+    def _reset_optimizer(self) -> None:
+        """Adam's state as before the first step, present from the start, so that a checkpoint can be loaded into it."""
+        adam = self._adam()
+        if self.zero_stage == 3:
+            tensors = self.engine.optimizer.fp32_partitioned_groups_flat
+        else:
+            tensors = [tensor for parameters in adam.param_groups for tensor in parameters["params"]]
+        adam.state.clear()
+        for tensor in tensors:
+            step = 0 if self.offload else torch.zeros((), dtype=torch.float32, device=tensor.device)
+            adam.state[tensor] = {"step": step} | {moment: torch.zeros_like(tensor.data) for moment in MOMENTS}
+        if self.zero_stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _live(self) -> list[Tensor]:
+        """What this rank holds of each parameter: all of it, or its flat shard under ZeRO 3."""
+        return [p.ds_tensor.data if self.zero_stage == 3 else p.data for p in self.network.parameters()]
+
+    def _gather(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        """Whole CPU copies by parameter name of what `_live` would list."""
+        whole = {}
+        for (name, shape), tensor in zip(self.shapes.items(), tensors):
+            if self.zero_stage == 3:
+                tensor = tensor.to(self.group.device)
+                flat = tensor.new_empty(tensor.numel() * self.group.world_size)
+                dist.all_gather_into_tensor(flat, tensor.contiguous())
+                tensor = flat[: torch.Size(shape).numel()].view(shape)
+            whole[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+        return whole
+
+    def _shard(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """This rank's flat part of a whole tensor, padded with zeros at the end as DeepSpeed does."""
+        size = parameter.ds_tensor.numel()
+        flat = value.new_zeros(size * self.group.world_size)
+        flat[: value.numel()] = value.flatten()
+        return flat[self.group.rank * size : (self.group.rank + 1) * size]
+
+
+def freeze(trained: nn.Module, frozen: nn.Module) -> None:
+    """Only `trained` collects gradients. Through `frozen` they pass."""
+    trained.requires_grad_(True)
+    frozen.requires_grad_(False)
+
+
+def _check_names(state: dict[str, Tensor], expected: list[str]) -> None:
+    if set(state) != set(expected):
+        missing, unknown = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+        raise KeyError(f"state does not fit the network: missing {missing[:3]}, unknown {unknown[:3]}")
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, quiet, without compiling anything. On import it probes compilers and prints; that goes to the debug log."""
+    level = logging.DEBUG if os.environ.get("SIVAE_DEBUG") else logging.ERROR
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    # DeepSpeed calls collectives by names that newer torch renames.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(level)
+    # The shared-memory all-reduce for CPUs is compiled on first use; a killed build leaves a lock that hangs later runs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+    return deepspeed

@@ -1,0 +1,111 @@
+"""Everything that learns: the two engines, the target decoder, the gate; built from settings, saved to and restored from tensors."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from sivae import inference, models, objectives
+from sivae.config import Config
+from sivae.distributed import Group
+from sivae.engines import Engine
+from sivae.errors import UserError
+from sivae.step import FiniteGate
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+class TrainingState:
+    """All methods but `refresh_target` are collectives: every rank calls them."""
+
+    def __init__(self, settings: Config, group: Group, accumulation: int):
+        self.group = group
+        encoder, decoder = models.build(seed=settings.run.seed, **settings.model.model_dump())
+        # Copied before DeepSpeed divides the decoder's parameters.
+        bootstrap = settings.objective.name == "bootstrap"
+        self.target = copy.deepcopy(decoder).to(group.device).requires_grad_(False) if bootstrap else None
+        self.gate = FiniteGate(group)
+        engine = settings.engine.model_dump(exclude={"micro_batch_size"})
+        engine |= {
+            "micro_batch_size": settings.schedule.batch_size // group.world_size // accumulation,
+            "accumulation": accumulation, "found_inf": self.gate.found_inf,
+        }  # fmt: skip
+        self.encoder, self.decoder = (
+            Engine(network, group, **optimizer.model_dump(exclude={"schedule"}), **engine)
+            for network, optimizer in ((encoder, settings.encoder_optimizer), (decoder, settings.decoder_optimizer))
+        )
+        fields = settings.objective.model_dump(exclude={"vae_images", "target_refresh_images"})
+        self.objective = objectives.build(num_values=settings.model.num_values, **fields)
+        self.vae = objectives.Vae(
+            settings.objective.beta_rec, settings.objective.beta_kl, settings.objective.reconstruction
+        )
+
+    def tensors(self) -> Tensors:
+        """Whole CPU tensors by file and name, as a checkpoint keeps them."""
+        tensors = {
+            "weights": _joined(self.encoder.state_dict(), self.decoder.state_dict()),
+            "average": self.average(),
+            "optimizer": _joined(self.encoder.optimizer_state_dict(), self.decoder.optimizer_state_dict()),
+        }
+        if self.target is not None:
+            tensors["target"] = {name: value.cpu() for name, value in self.target.state_dict().items()}
+        return tensors
+
+    def average(self) -> dict[str, Tensor]:
+        """The running average of both networks: what samples are made with."""
+        return _joined(self.encoder.average_state_dict(), self.decoder.average_state_dict())
+
+    def restore(self, tensors: Tensors) -> None:
+        for engine, prefix in ((self.encoder, "encoder"), (self.decoder, "decoder")):
+            engine.load_state_dict(_part(tensors["weights"], prefix))
+            engine.load_average_state_dict(_part(tensors["average"], prefix))
+            engine.load_optimizer_state_dict(_part(tensors["optimizer"], prefix))
+        if self.target is not None:
+            # A run that was not a bootstrap run so far starts its target from its decoder.
+            self.target.load_state_dict(tensors.get("target") or _part(tensors["weights"], "decoder"))
+        self.gate.clear()
+
+    def start_from(self, path: str, settings: Config) -> None:
+        """Weights and averages of an exported or imported model, in place of random ones."""
+
+        def read() -> dict[str, Tensor]:
+            model = inference.load(path, storage_options=settings.run.storage_options)
+            ours = settings.model.model_dump()
+            if model.settings != ours:
+                different = [
+                    key for key in sorted({*ours, *model.settings}) if ours.get(key) != model.settings.get(key)
+                ]
+                raise UserError(f"run.init_from: {path} is another model; model.{', model.'.join(different)} differ")
+            return _joined(model.encoder.state_dict(), model.decoder.state_dict())
+
+        tensors = self.group.broadcast_from_main(read)
+        for engine, prefix in ((self.encoder, "encoder"), (self.decoder, "decoder")):
+            engine.load_state_dict(_part(tensors, prefix))
+            engine.load_average_state_dict(_part(tensors, prefix))
+        self.refresh_target()
+
+    def refresh_target(self) -> None:
+        """Copy the decoder into the target decoder, where there is one."""
+        if self.target is not None:
+            self.target.load_state_dict(self.decoder.state_dict())
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of this process: on the GPU what torch allocated, on the CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}."): value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def _joined(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"encoder.{name}": value for name, value in encoder.items()} | {
+        f"decoder.{name}": value for name, value in decoder.items()
+    }

@@ -1,0 +1,121 @@
+"""One training step: two phases, each one engine call per accumulation pass, and the watch over its losses.
+
+Order (Soft-IntroVAE, algorithm 1): encoder phase over all passes, encoder step; decoder phase over all passes against
+the updated encoder, decoder step; then the running averages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sivae.distributed import Group
+from sivae.engines import Engine, freeze
+from sivae.objectives import Draws, Vae
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """The first step whose loss was not finite: its terms by name, and the images seen before it."""
+
+    terms: list[str]
+    images_seen: int
+
+
+class FiniteGate:
+    """Holds back optimizer steps from the first non-finite loss of any rank on, without asking the host.
+
+    `found_inf` is the flag that fused Adam obeys. The host looks with `read`, when it logs or saves.
+    """
+
+    def __init__(self, group: Group):
+        self.group = group
+        self.found_inf = torch.zeros((), device=group.device)
+        self._images = torch.zeros((), dtype=torch.int64, device=group.device)
+        self._terms: dict[str, Tensor] = {}
+        self._pending: dict[str, Tensor] = {}
+
+    def watch(self, terms: dict[str, Tensor]) -> None:
+        """Note the terms of one pass; takes effect in `agree`."""
+        for name, term in terms.items():
+            bad = (~term.isfinite()).float()
+            self._pending[name] = torch.maximum(self._pending[name], bad) if name in self._pending else bad
+
+    def agree(self, images_seen: int) -> None:
+        """Before an optimizer step: what is bad on one rank is bad on all."""
+        names = list(self._pending)
+        bad = self.group.max(torch.stack([self._pending[name] for name in names]))
+        first = 1 - self.found_inf
+        for name, flag in zip(names, bad):
+            self._terms[name] = self._terms.get(name, torch.zeros_like(flag)) + flag * first
+        found = bad.amax()
+        self._images += (found * first).long() * images_seen
+        self.found_inf.copy_(torch.maximum(self.found_inf, found))
+        self._pending = {}
+
+    def read(self) -> NonFinite | None:
+        """Ask the device. Waits for it."""
+        if not self.found_inf.item():
+            return None
+        names = [name for name, flag in self._terms.items() if flag.item()]
+        # A term spoils the loss it stands in; the loss is named only when no term explains it.
+        return NonFinite([name for name in names if not name.startswith("loss_")] or names, int(self._images.item()))
+
+    def clear(self) -> None:
+        self.found_inf.zero_()
+        self._images.zero_()
+        self._terms = {}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One accumulation pass of a rank: images in the family's range, labels, draws."""
+
+    x: Tensor
+    labels: Tensor | None
+    draws: Draws
+
+
+def train_step(
+    encoder: Engine, decoder: Engine, target_decoder: nn.Module | None, objective: Vae, passes: list[Pass], gate: FiniteGate,
+    images_seen: int, lr_encoder: float, lr_decoder: float, ema_decay: float,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Train both networks on one global batch. Returns this rank's terms, averaged over the passes, on the device."""
+    sums: dict[str, Tensor] = {}
+
+    def note(terms: dict[str, Tensor]) -> None:
+        gate.watch(terms)
+        for name, term in terms.items():
+            sums[name] = sums[name] + term if name in sums else term
+
+    freeze(trained=encoder.network, frozen=decoder.network)
+    latents = []
+    for index, item in enumerate(passes):
+        phase = encoder.phase(
+            lambda: objective.encoder_phase(
+                encoder.network, decoder.network, item.x, item.draws, item.labels, target_decoder
+            )
+        )
+        note(phase.terms)
+        latents.append(phase.z)
+        if index == len(passes) - 1:
+            gate.agree(images_seen)
+        encoder.step(lr_encoder)
+
+    freeze(trained=decoder.network, frozen=encoder.network)
+    for index, (item, z) in enumerate(zip(passes, latents)):
+        phase = decoder.phase(
+            lambda: objective.decoder_phase(
+                encoder.network, decoder.network, item.x, z, item.draws, item.labels, target_decoder
+            )
+        )
+        note(phase.terms)
+        if index == len(passes) - 1:
+            gate.agree(images_seen)
+        decoder.step(lr_decoder)
+
+    encoder.update_average(ema_decay)
+    decoder.update_average(ema_decay)
+    return {name: total / len(passes) for name, total in sums.items()}
