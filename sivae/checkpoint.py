@@ -1,0 +1,142 @@
+"""Checkpoints at any fsspec URL: save, publish, find, read.
+
+A checkpoint is a folder `checkpoints/IMAGES` with safetensors files, `state.json`, and `manifest.json`, which holds size and
+sha256 of every other file and is written last: a folder without it does not count. Tensors are whole and named by parameter,
+so any number of ranks and any ZeRO stage can read them. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from sivae.errors import UserError
+from sivae.storage import Folder
+
+FORMAT = 1
+_NAME = re.compile(r"\d{12}(\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`tensors` by file ("weights", "average", "optimizer", "target") and name; `state` is plain JSON."""
+
+    name: str
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+    @property
+    def images_seen(self) -> int:
+        return self.state["images_seen"]
+
+
+class Damaged(UserError):
+    """A checkpoint's files are not what its manifest says."""
+
+
+def save(run: Folder, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]], keep: int) -> str:
+    """Write under a new name, publish, then prune to the newest `keep`. Returns the name. A failed save leaves nothing behind."""
+    name = f"{state['images_seen']:012d}"
+    taken = run.names("checkpoints")
+    if name in taken:
+        name = f"{name}.{sum(other.startswith(name) for other in taken)}"
+    try:
+        manifest: dict[str, Any] = {"format": FORMAT, "files": {}}
+        for file, named in tensors.items():
+            contiguous = {key: tensor.contiguous() for key, tensor in named.items()}
+            _put(run, name, f"{file}.safetensors", save_tensors(contiguous), manifest)
+        _put(run, name, "state.json", json.dumps(state, indent=1).encode(), manifest)
+        run.write(json.dumps(manifest, indent=1).encode(), "checkpoints", name, "manifest.json")
+    except BaseException:
+        # A full disk can refuse even the clean-up; the first error is the one to hear about.
+        try:
+            run.remove("checkpoints", name)
+        except UserError:
+            pass
+        raise
+    published = list_names(run)
+    # Leftovers of killed saves are older than what was just published, so nobody is writing them.
+    for other in run.names("checkpoints"):
+        if (
+            _NAME.fullmatch(other)
+            and other != name
+            and (other not in published[-keep:])
+            and _order(other) < _order(name)
+        ):
+            run.remove("checkpoints", other)
+    return name
+
+
+def list_names(run: Folder) -> list[str]:
+    """Published checkpoints, oldest first."""
+    names = [name for name in run.names("checkpoints") if _NAME.fullmatch(name)]
+    return sorted((name for name in names if run.exists("checkpoints", name, "manifest.json")), key=_order)
+
+
+def read(run: Folder, name: str, files: tuple[str, ...] | None = None) -> Checkpoint:
+    """Read a checkpoint, or only some of its tensor files, checking sizes and sha256. Raises Damaged naming the file."""
+    try:
+        manifest = json.loads(run.read("checkpoints", name, "manifest.json"))
+        listed = manifest["files"]
+        wanted = [
+            file
+            for file in listed
+            if file.endswith(".safetensors") and (files is None or file.removesuffix(".safetensors") in files)
+        ]
+        state = json.loads(_get(run, name, "state.json", listed))
+        tensors = {file.removesuffix(".safetensors"): load_tensors(_get(run, name, file, listed)) for file in wanted}
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise Damaged(f"{run.url}/checkpoints/{name}: is damaged ({type(error).__name__}: {error})") from None
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{run.url}/checkpoints/{name}: has format {manifest.get('format')}; this version of sivae reads {FORMAT}"
+        )
+    return Checkpoint(name, state, tensors)
+
+
+def read_newest(run: Folder, report: Callable[[str], None], files: tuple[str, ...] | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint; a damaged one is reported and the one before it taken. None when there is none.
+
+    Raises UserError when there are checkpoints and all are damaged.
+    """
+    names = list_names(run)
+    for name in reversed(names):
+        try:
+            return read(run, name, files)
+        except UserError as error:
+            if not isinstance(error, Damaged) and run.exists("checkpoints", name, "state.json"):
+                raise
+            report(f"{error}; trying the checkpoint before it")
+    if names:
+        raise UserError(
+            f"{run.url}: every checkpoint is damaged ({', '.join(names)}); restore one, or start in another run.directory"
+        )
+    return None
+
+
+def _put(run: Folder, name: str, file: str, data: bytes, manifest: dict[str, Any]) -> None:
+    run.write(data, "checkpoints", name, file)
+    manifest["files"][file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _get(run: Folder, name: str, file: str, listed: dict[str, Any]) -> bytes:
+    if not run.exists("checkpoints", name, file):
+        raise ValueError(f"{file} is missing")
+    data = run.read("checkpoints", name, file)
+    if len(data) != listed[file]["bytes"] or hashlib.sha256(data).hexdigest() != listed[file]["sha256"]:
+        raise ValueError(f"{file} does not match its checksum")
+    return data
+
+
+def _order(name: str) -> tuple[int, int]:
+    images, _, attempt = name.partition(".")
+    return int(images), int(attempt or 0)

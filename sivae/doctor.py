@@ -1,0 +1,98 @@
+"""`sivae doctor`: what is installed, which accelerator there is, whether the data and the run directory open, and what to do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import uuid
+
+import torch
+
+from sivae import __version__, checkpoint, config, run_directory
+from sivae.errors import UserError
+from sivae.storage import Folder
+
+OPTIONAL = {
+    "scikit-learn": "digits: needs it: pip install scikit-learn",
+    "imagecodecs": "decodes faster than Pillow: pip install 'sivae[codecs]'",
+    "s3fs": "for s3:// URLs: pip install 'sivae[s3]'",
+    "gcsfs": "for gs:// URLs: pip install 'sivae[gcs]'",
+    "ray": "for the cluster launchers: pip install 'sivae[cluster]'",
+}
+
+
+def run(path: str | None, overrides: list[str]) -> int:
+    """Print one line per finding; 0 when nothing stands in the way of training, else 1."""
+    problems = 0
+
+    def line(good: bool | None, text: str) -> None:
+        nonlocal problems
+        problems += good is False
+        print(f"{'ok  ' if good else 'note' if good is None else 'BAD '}  {text}")
+
+    line(
+        sys.version_info >= (3, 10),
+        f"sivae {__version__}, Python {platform.python_version()}, {os.cpu_count()} CPU cores",
+    )
+    for name in run_directory.PACKAGES:
+        version = run_directory.installed_version(name)
+        line(version is not None, f"{name} {version}" if version else f"{name} is missing: pip install {name}")
+    for name, purpose in OPTIONAL.items():
+        version = run_directory.installed_version(name)
+        line(True if version else None, f"{name} {version}" if version else f"{name} is not installed ({purpose})")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            line(
+                True,
+                f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, bfloat16 {torch.cuda.is_bf16_supported()}",
+            )
+    else:
+        built = torch.version.cuda or torch.version.hip
+        reason = (
+            "this torch is built without CUDA" if not built else "torch has CUDA but finds no GPU; look at nvidia-smi"
+        )
+        line(None, f"no GPU: training runs on the CPU ({reason})")
+    if path is not None:
+        problems += _check_config(path, overrides, line)
+    print("nothing stands in the way" if not problems else f"{problems} things to mend")
+    return 1 if problems else 0
+
+
+def _check_config(path: str, overrides: list[str], line) -> int:
+    from sivae.data import open_stream
+
+    try:
+        settings = config.load(path, overrides)
+        line(
+            True,
+            f"{path}: valid, global batch {settings.schedule.batch_size}, {settings.schedule.total_images:,} images",
+        )
+    except config.ConfigError as error:
+        line(False, str(error))
+        return 0
+    try:
+        folder = Folder(settings.run.directory, settings.run.storage_options)
+        probe = f".doctor-{uuid.uuid4().hex}"
+        folder.write(b"probe", probe)
+        folder.remove(probe)
+        names = checkpoint.list_names(folder)
+        line(
+            True,
+            f"run.directory {settings.run.directory}: can be written; "
+            + (f"resumes from checkpoint {names[-1]}" if names else "no checkpoint yet"),
+        )
+    except UserError as error:
+        line(False, f"run.directory: {error}")
+    try:
+        data = settings.data
+        stream = open_stream(
+            data.url, resolution=settings.model.resolution, num_channels=settings.model.num_channels, cache_dir=data.cache_dir,
+            batch_size=settings.schedule.batch_size, storage_options=data.storage_options, timeout_sec=data.timeout_sec,
+        )  # fmt: skip
+        stream.sample([0, len(stream) - 1])
+        line(True, f"data.url {data.url}: {len(stream):,} images, the first and the last can be read")
+    except UserError as error:
+        line(False, f"data.url: {error}")
+    return 0

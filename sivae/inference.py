@@ -1,0 +1,215 @@
+"""Use a trained model: encode, decode, sample, reconstruct, interpolate.
+
+`load` opens a run directory (its newest whole checkpoint), one checkpoint of it, or an exported folder, at any fsspec URL.
+It takes the averaged weights and eval mode, which is what the training's pictures show.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sivae import __version__, checkpoint, models
+from sivae.config import ConfigError, parse_model
+from sivae.errors import UserError
+from sivae.images import to_float, to_uint8
+from sivae.objectives import reparameterize
+from sivae.randomness import fixed_latents
+from sivae.storage import Folder
+
+SETTINGS_FILE, WEIGHTS_FILE, TARGET_FILE = "sivae.json", "model.safetensors", "target_decoder.safetensors"
+
+
+class Model:
+    """Encoder and decoder in eval mode on `device`. Images go in as uint8 or as floats in `value_range`, [B, C, H, W].
+
+    A conditional model wants int64 `labels` [B]; what samples without them draws classes evenly.
+    """
+
+    def __init__(
+        self, settings: dict[str, Any], device: str | torch.device = "cpu", info: dict[str, Any] | None = None
+    ):
+        self.settings, self.device, self.info = settings, torch.device(device), info or {}
+        self.encoder, self.decoder = (
+            network.to(self.device).eval().requires_grad_(False) for network in models.build(**settings)
+        )
+        self.value_range = models.VALUE_RANGES[settings["family"]]
+        self.latent_dim, self.num_classes = settings["latent_dim"], settings["num_classes"]
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        if "sample_shape" in self.settings:
+            return tuple(self.settings["sample_shape"])
+        return (self.settings["num_channels"], self.settings["resolution"], self.settings["resolution"])
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """mu, logvar of q(z | x), each [B, latent_dim]."""
+        if tuple(images.shape[1:]) != self.sample_shape:
+            raise UserError(
+                f"images of shape {tuple(images.shape[1:])} do not fit this model, which takes {self.sample_shape}"
+            )
+        images = images.to(self.device)
+        images = to_float(images, *self.value_range) if images.dtype == torch.uint8 else images
+        return self.encoder(images, self._labels(labels, len(images)))
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """z [B, latent_dim] -> images, float in `value_range` but not clamped."""
+        return self.decoder(z.to(self.device), self._labels(labels, len(z)))
+
+    def sample(self, count: int, *, seed: int = 0, labels: Tensor | None = None, batch_size: int = 64) -> Tensor:
+        """`count` images from the prior. Image i of a seed is the same whatever `count` and `batch_size`."""
+        z = fixed_latents(seed, count, self.latent_dim)
+        labels = self._labels(labels, count)
+        return torch.cat(
+            [
+                self.decode(z[i : i + batch_size], None if labels is None else labels[i : i + batch_size])
+                for i in range(0, count, batch_size)
+            ]
+        )
+
+    def reconstruct(self, images: Tensor, labels: Tensor | None = None, eps: Tensor | None = None) -> Tensor:
+        """Decode the mean of q(z | x), or a draw of it when `eps` [B, latent_dim] is given."""
+        mu, logvar = self.encode(images, labels)
+        return self.decode(mu if eps is None else reparameterize(mu, logvar, eps.to(self.device)), labels)
+
+    def interpolate(self, first: Tensor, second: Tensor, steps: int = 8, labels: Tensor | None = None) -> Tensor:
+        """Images [B, steps, C, H, W] along the straight line between the latent means of two batches of images."""
+        ends = self.encode(first, labels)[0], self.encode(second, labels)[0]
+        weights = torch.linspace(0, 1, steps, device=self.device)[None, :, None]
+        path = torch.lerp(ends[0][:, None], ends[1][:, None], weights).flatten(0, 1)
+        labels = None if labels is None else labels.repeat_interleave(steps)
+        return self.decode(path, labels).unflatten(0, (len(first), steps))
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        return to_uint8(images, *self.value_range)
+
+    def _labels(self, labels: Tensor | None, count: int) -> Tensor | None:
+        if not self.num_classes:
+            return None
+        if labels is None:
+            return torch.arange(count, device=self.device) % self.num_classes
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise UserError(
+                f"labels must lie in 0 .. {self.num_classes - 1}; got {int(labels.min())} .. {int(labels.max())}"
+            )
+        return labels.to(self.device)
+
+
+def load(
+    path: str,
+    *,
+    device: str | torch.device = "cpu",
+    weights: str = "average",
+    storage_options: dict[str, Any] | None = None,
+) -> Model:
+    """A ready model. `weights="plain"` takes the weights as trained instead of their running average.
+
+    Raises UserError when there is no model at `path`, or a damaged one.
+    """
+    folder = Folder(path, storage_options)
+    if folder.exists(SETTINGS_FILE):
+        return _load_exported(folder, device)
+    parent, _, name = folder.url.rpartition("/")
+    if parent.endswith("/checkpoints") and folder.exists("manifest.json"):
+        found = checkpoint.read(
+            Folder(parent.removesuffix("/checkpoints"), storage_options),
+            name,
+            (weights if weights == "average" else "weights",),
+        )
+    else:
+        found = checkpoint.read_newest(
+            folder, report=lambda line: None, files=("average" if weights == "average" else "weights",)
+        )
+    if found is None:
+        raise UserError(
+            f"{path}: holds no model; give a run directory with checkpoints or a folder made by `sivae export` or `sivae import`"
+        )
+    model = Model(
+        _model_settings(found.state["model"], path),
+        device,
+        {k: found.state[k] for k in ("images_seen", "objective", "data") if k in found.state},
+    )
+    fill(model, next(iter(found.tensors.values())), path)
+    return model
+
+
+def fill(model: Model, tensors: dict[str, Tensor], where: str) -> None:
+    """Load `encoder.*` and `decoder.*` tensors strictly."""
+    for name in ("encoder", "decoder"):
+        part = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        try:
+            getattr(model, name).load_state_dict(part)
+        except RuntimeError as error:
+            raise UserError(
+                f"{where}: the {name}'s weights do not fit its settings ({' '.join(str(error).split())[:300]})"
+            ) from None
+
+
+def _load_exported(folder: Folder, device: str | torch.device) -> Model:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as load_tensors
+
+    try:
+        settings = json.loads(folder.read(SETTINGS_FILE))
+        tensors = load_tensors(folder.read(WEIGHTS_FILE))
+        model = Model(_model_settings(settings["model"], folder.url), device, settings.get("info", {}))
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder.url}: is not a model that sivae can read ({type(error).__name__}: {error})") from None
+    fill(model, tensors, folder.url)
+    return model
+
+
+def _model_settings(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return parse_model(tree).model_dump()
+    except ConfigError as error:
+        raise UserError(f"{where}: holds model settings that this version does not know ({error})") from None
+
+
+def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = None) -> None:
+    """Write weights, settings and a model card into a folder (path or URL), the settings last: without them it is no model."""
+    from safetensors.torch import save as save_tensors
+
+    folder = Folder(dest)
+    tensors = {
+        f"{name}.{key}": value.cpu().contiguous()
+        for name in ("encoder", "decoder")
+        for key, value in getattr(model, name).state_dict().items()
+    }
+    if target_decoder is not None:
+        folder.write(save_tensors({key: value.contiguous() for key, value in target_decoder.items()}), TARGET_FILE)
+    folder.write(save_tensors(tensors), WEIGHTS_FILE)
+    folder.write(_model_card(model).encode(), "README.md")
+    settings = {"format": 1, "version": __version__, "model": model.settings, "info": model.info}
+    folder.write(json.dumps(settings, indent=1).encode(), SETTINGS_FILE)
+
+
+def _model_card(model: Model) -> str:
+    shape = " x ".join(map(str, model.sample_shape))
+    facts = "\n".join(f"- {key}: `{json.dumps(value)}`" for key, value in {**model.settings, **model.info}.items())
+    return f"""---
+library_name: sivae
+tags: [soft-introvae, vae, image-generation]
+---
+# Soft-IntroVAE model
+
+An introspective variational autoencoder: an encoder and a decoder for samples of shape {shape}, latent size {model.latent_dim}.
+
+```python
+import sivae
+
+model = sivae.load("PATH_OR_URL_OF_THIS_FOLDER")
+images = model.sample(16)                  # [16, {", ".join(map(str, model.sample_shape))}], values about {list(model.value_range)}
+mu, logvar = model.encode(images)
+again = model.decode(mu)
+```
+
+{facts}
+
+Method: Daniel and Tamar, Soft-IntroVAE, CVPR 2021, arXiv 2012.13253.
+"""

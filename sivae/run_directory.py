@@ -1,0 +1,103 @@
+"""A run directory: the resolved settings, what they ran on, and the check that it is this model's."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sivae import __version__, checkpoint, config
+from sivae.errors import UserError
+from sivae.storage import Folder
+
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "webdataset",
+    "numpy",
+    "safetensors",
+    "pydantic",
+    "omegaconf",
+    "fsspec",
+    "tensorboard",
+    "pillow",
+)
+
+
+def prepare(folder: Folder, settings: config.Config, world_size: int) -> None:
+    """Refuse a directory that holds another model, then write config.yaml and environment.json into it.
+
+    Doing so before anything is built also proves that the directory can be written. The settings of an earlier start stay
+    as config-BEFORE.yaml where they differ.
+    """
+    text = config.dump_yaml(settings)
+    if folder.exists("config.yaml"):
+        before = folder.read("config.yaml").decode()
+        if before != text:
+            try:
+                model = yaml.safe_load(before)["model"]
+            except (yaml.YAMLError, KeyError, TypeError):
+                model = None
+            if checkpoint.list_names(folder):
+                check_model(model, settings, folder.url)
+            folder.write(before.encode(), f"config-{time.strftime('%Y%m%d-%H%M%S')}.yaml")
+    folder.write(text.encode(), "config.yaml")
+    folder.write(json.dumps(environment(world_size), indent=1).encode(), "environment.json")
+
+
+def check_model(model: dict[str, Any] | None, settings: config.Config, where: str) -> None:
+    """Raise UserError unless a checkpoint's model settings are those of this run."""
+    ours = settings.model.model_dump(mode="json")
+    if model == ours:
+        return
+    model = model or {}
+    different = [
+        f"{key} is {model.get(key)!r} there and {ours.get(key)!r} here"
+        for key in sorted({*ours, *model})
+        if ours.get(key) != model.get(key)
+    ]
+    raise UserError(
+        f"{where}: holds checkpoints of another model ({'; '.join(different)}); set another run.directory, or the model's settings as they were"
+    )
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """Versions, git commit, machine and command line."""
+    return {
+        "sivae": __version__,
+        "python": platform.python_version(),
+        "packages": {name: installed_version(name) for name in PACKAGES},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "machine": platform.machine(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "ranks": world_size,
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Of the checkout that the code runs from; None when it is no checkout."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,320 @@
+"""The training loop. Runs alone, under torchrun and inside a Ray worker, through the same function `train`.
+
+Progress is `images_seen`. What a step does is a function of the settings and that number: the batch, the draws, the learning
+rates. So resuming is starting again: the newest checkpoint says where. Practice after EDM2's training loop.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sivae import (
+    __version__,
+    checkpoint,
+    config,
+    distributed,
+    images,
+    inference,
+    models,
+    randomness,
+    run_directory,
+    schedule,
+)
+from sivae.config import Config
+from sivae.data import Batch, open_stream
+from sivae.distributed import Group
+from sivae.errors import UserError
+from sivae.signals import StopSignals
+from sivae.state import TrainingState, peak_memory_bytes
+from sivae.step import NonFinite, Pass, train_step
+from sivae.storage import Folder
+from sivae.tracking import Tracker
+
+KL_GAP_PATIENCE = 10  # log lines in a row with a negative KL gap before the warning
+ADVICE = "what usually helps: raise objective.beta_neg, lower the learning rates, or begin with objective.vae_images"
+
+Report = Callable[[dict[str, float], str | None], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: `interrupted` when a signal stopped it; `metrics` as last logged; `picture` on rank 0."""
+
+    images_seen: int
+    interrupted: bool
+    metrics: dict[str, float]
+    checkpoint: str | None
+    picture: str | None
+
+
+def train(settings: Config, report: Report = lambda metrics, name: None) -> Result:
+    """Train until `schedule.total_images`, resuming from the newest checkpoint of `run.directory`.
+
+    `report(metrics, checkpoint)` is called on every rank whenever scalars are logged, with the newest checkpoint's name or
+    None; it is all that an orchestrator sees. Raises UserError or ConfigError with one clear sentence.
+    """
+    with distributed.join(settings.run.device) as group:
+        return Trainer(settings, group, report).run()
+
+
+class Trainer:
+    def __init__(self, settings: Config, group: Group, report: Report):
+        self.settings, self.group, self.report = settings, group, report
+        self.batch_size, self.accumulation = settings.schedule.batch_size, settings.accumulation(group.world_size)
+        self.folder = Folder(settings.run.directory, settings.run.storage_options)
+        group.on_main(lambda: run_directory.prepare(self.folder, settings, group.world_size))
+        found = self._read_checkpoint()
+        self.stream = self._open_stream()
+        self.state = TrainingState(settings, group, self.accumulation)
+        self.images_seen, self.attempt = 0, 0
+        self.saved: checkpoint.Checkpoint | None = None
+        self.metrics: dict[str, float] = {}
+        self.picture: str | None = None
+        self.negative_gaps = 0
+        if found is not None:
+            self._restore(found)
+        elif settings.run.init_from:
+            self.state.start_from(settings.run.init_from, settings)
+        self.tracker = Tracker(
+            self.folder, active=group.is_main, total_images=settings.schedule.total_images, images_seen=self.images_seen,
+            tensorboard=settings.tracking.tensorboard, progress=settings.tracking.progress, settings_yaml=config.dump_yaml(settings),
+        )  # fmt: skip
+
+    def run(self) -> Result:
+        total, tracking, run = self.settings.schedule.total_images, self.settings.tracking, self.settings.run
+        if self.saved is not None:
+            self.tracker.note(f"resuming at {self.images_seen:,} images from checkpoint {self.saved.name}")
+        elif run.on_nonfinite == "rollback":
+            self._save()  # something to return to
+        interrupted = False
+        self._start_interval()
+        try:
+            with StopSignals() as stop:
+                batches = self.stream.batches(self.images_seen)
+                while self.images_seen < total and not interrupted:
+                    self._step(self._next(batches))
+                    interrupted = self.group.any(stop.requested) and self.images_seen < total
+                    last = interrupted or self.images_seen >= total
+                    logs, draws, saves = (
+                        last or self._due(n)
+                        for n in (tracking.log_images, tracking.picture_images, run.checkpoint_images)
+                    )
+                    # On a CPU the host may look after every step: there it waits for nothing.
+                    if (logs or draws or saves or self.group.device.type == "cpu") and (bad := self.state.gate.read()):
+                        self._handle(bad)
+                        batches, interrupted = self.stream.batches(self.images_seen), False
+                        continue
+                    if logs:
+                        self._log()
+                    if draws and not interrupted:
+                        self._draw()
+                    if saves:
+                        self._save()
+                    if logs:
+                        self.report(self.metrics, self.saved and self.saved.name)
+            if interrupted:
+                self.tracker.note(
+                    f"stopped by a signal, checkpoint {self.saved.name} saved; run the same command to go on"
+                )
+            else:
+                self.tracker.hparams(config.dump(self.settings), self.metrics)
+            return Result(self.images_seen, interrupted, self.metrics, self.saved and self.saved.name, self.picture)
+        finally:
+            self.tracker.close()
+
+    # A step
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        start = time.monotonic()
+        batch = next(batches)
+        self.data_wait_sec += time.monotonic() - start
+        return batch
+
+    def _step(self, batch: Batch) -> None:
+        settings, state, start = self.settings, self.state, self.images_seen
+        end, total, ema = start + self.batch_size, settings.schedule.total_images, settings.ema
+        self.rates = {
+            name: optimizer.lr * schedule.lr_factor(end, total, **optimizer.schedule.model_dump())
+            for name, optimizer in (
+                ("lr_encoder", settings.encoder_optimizer),
+                ("lr_decoder", settings.decoder_optimizer),
+            )
+        }
+        warm_up = start < getattr(settings.objective, "vae_images", 0)
+        terms = train_step(
+            state.encoder, state.decoder, state.target, state.vae if warm_up else state.objective, self._passes(batch), state.gate,
+            start, **self.rates, ema_decay=schedule.ema_decay(end, self.batch_size, ema.halflife_images, ema.rampup_ratio),
+        )  # fmt: skip
+        terms |= {"grad_norm_encoder": state.encoder.grad_norm, "grad_norm_decoder": state.decoder.grad_norm}
+        for name, term in terms.items():
+            total_so_far, steps = self.sums.get(name, (0.0, 0))
+            self.sums[name] = total_so_far + term, steps + 1
+        self.steps += 1
+        self.images_seen = end
+        self.tracker.advance(self.batch_size)
+        if state.target is not None and self._due(settings.objective.target_refresh_images):
+            state.refresh_target()
+
+    def _passes(self, batch: Batch) -> list[Pass]:
+        """This rank's images in accumulation passes, each with the draws of its image numbers."""
+        device, model = self.group.device, self.settings.model
+        numbers = range(self.images_seen + self.group.rank, self.images_seen + self.batch_size, self.group.world_size)
+        x = images.to_float(batch.images.to(device, non_blocking=True), *models.VALUE_RANGES[model.family])
+        labels = batch.labels.to(device, non_blocking=True) if model.num_classes else None
+        size = len(numbers) // self.accumulation
+        parts = [slice(first, first + size) for first in range(0, len(numbers), size)]
+        return [
+            Pass(
+                x[part], None if labels is None else labels[part],
+                randomness.step_draws(self.settings.run.seed, numbers[part], model.latent_dim, device, self.attempt),
+            )
+            for part in parts
+        ]  # fmt: skip
+
+    def _handle(self, bad: NonFinite) -> None:
+        """A non-finite loss: stop, or go back to the last checkpoint and draw anew."""
+        run = self.settings.run
+        where = f"{' and '.join(bad.terms)} became non-finite at {bad.images_seen:,} images"
+        kept = f"checkpoint {self.saved.name} is kept" if self.saved else "there is no checkpoint yet"
+        if run.on_nonfinite == "stop":
+            raise UserError(f"{where}; stopped before the step, {kept}; {ADVICE}", shared=True)
+        if self.attempt >= run.max_rollbacks:
+            raise UserError(
+                f"{where}; gave up after {self.attempt} rollbacks (run.max_rollbacks), {kept}; {ADVICE}", shared=True
+            )
+        attempt, ahead = self.attempt + 1, self.images_seen
+        found = self._read_checkpoint()
+        self._restore(found)
+        self.attempt = attempt
+        self.tracker.advance(self.images_seen - ahead)
+        self._start_interval()
+        self.tracker.note(
+            f"{where}; back to checkpoint {found.name} with other draws, rollback {attempt} of {run.max_rollbacks}"
+        )
+
+    # What is told
+
+    def _start_interval(self) -> None:
+        self.sums: dict[str, tuple[Tensor, int]] = {}
+        self.steps, self.data_wait_sec, self.interval_start_sec = 0, 0.0, time.monotonic()
+
+    def _log(self) -> None:
+        """Means since the last time, over steps and ranks. The only place where the host reads losses."""
+        names = sorted(self.sums)
+        means = self.group.mean(
+            torch.stack([self.sums[name][0].float() / self.sums[name][1] for name in names])
+        ).tolist()
+        terms = dict(zip(names, means))
+        if "kl_fake" in terms:
+            terms["kl_gap"] = terms["kl_fake"] - terms["kl_real"]
+            self._watch_gap(terms["kl_gap"])
+        sections = {"loss": "loss", "grad": "optimizer"}
+        elapsed = max(time.monotonic() - self.interval_start_sec, 1e-9)
+        self.metrics = {
+            f"{sections.get(name.partition('_')[0], 'terms')}/{name}": value for name, value in terms.items()
+        }
+        self.metrics |= {f"optimizer/{name}": value for name, value in self.rates.items()} | {
+            "speed/images_per_sec": self.steps * self.batch_size / elapsed,
+            "speed/data_wait_fraction": self.data_wait_sec / elapsed,
+            "memory/peak_bytes": peak_memory_bytes(self.group.device),
+        }
+        self.tracker.scalars(self.metrics, self.images_seen)
+        self._start_interval()
+
+    def _watch_gap(self, gap: float) -> None:
+        """A KL gap that stays negative: the encoder rates generated images as likelier than real ones."""
+        self.negative_gaps = self.negative_gaps + 1 if gap < 0 else 0
+        if self.negative_gaps == KL_GAP_PATIENCE:
+            self.tracker.note(
+                f"the KL of generated images has been below that of real ones for {KL_GAP_PATIENCE} log lines (now {gap:.3g}),"
+                " so samples no longer improve; published advice: lower objective.beta_neg"
+            )
+
+    def _draw(self) -> None:
+        """Real images, reconstructions and samples from the averaged weights; the same images and latents each time."""
+        average = self.state.average()
+        if self.group.is_main:
+            model = inference.Model(self.settings.model.model_dump(), self.group.device)
+            inference.fill(model, average, "the running average")
+            batch = self.stream.sample(range(min(self.settings.tracking.picture_count, len(self.stream))))
+            mu, logvar = model.encode(batch.images, batch.labels)
+            parts = {
+                "real": batch.images,
+                "reconstructed": model.to_uint8(model.decode(mu, batch.labels)).cpu(),
+                "sampled": model.to_uint8(model.sample(len(mu), seed=self.settings.run.seed)).cpu(),
+            }
+            self.tracker.histogram("latent/mu", mu, self.images_seen)
+            self.tracker.histogram("latent/logvar", logvar, self.images_seen)
+            self.picture = self.tracker.picture(
+                "samples", images.panels(parts, columns=min(16, len(mu))), self.images_seen
+            )
+
+    # Data and checkpoints
+
+    def _open_stream(self):
+        data, model, group = self.settings.data, self.settings.model, self.group
+        stream = open_stream(
+            data.url, resolution=model.resolution, num_channels=model.num_channels, batch_size=self.batch_size, rank=group.rank,
+            world_size=group.world_size, seed=self.settings.run.seed, num_workers=data.num_workers, flip=data.flip,
+            pin_memory=group.device.type == "cuda", storage_options=data.storage_options, timeout_sec=data.timeout_sec,
+            cache_dir=data.cache_dir, progress=group.is_main,
+        )  # fmt: skip
+        if model.num_classes and (stream.num_classes or 0) != model.num_classes:
+            raise UserError(
+                f"model.num_classes: is {model.num_classes}, but {data.url} has {stream.num_classes or 'no'} classes"
+            )
+        return stream
+
+    def _save(self) -> None:
+        """Gathered on all ranks, written by rank 0; its failure is raised on all."""
+        if self.saved is not None and self.saved.images_seen == self.images_seen:
+            return
+        tensors = self.state.tensors()
+        state = {
+            "images_seen": self.images_seen, "attempt": self.attempt, "model": self.settings.model.model_dump(mode="json"),
+            "objective": self.settings.objective.model_dump(mode="json"), "seed": self.settings.run.seed,
+            "data": {"url": self.settings.data.url, "digest": self.stream.digest}, "version": __version__,
+        }  # fmt: skip
+        name = self.group.on_main(
+            lambda: checkpoint.save(self.folder, state, tensors, self.settings.run.keep_checkpoints)
+        )
+        self.saved = checkpoint.Checkpoint(name, state, {})
+        self.tracker.sync()
+
+    def _read_checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The newest whole checkpoint, read once and handed to all ranks."""
+        found = None
+
+        def read():
+            nonlocal found
+            found = checkpoint.read_newest(self.folder, report=lambda line: print(f"sivae: {line}", file=sys.stderr))
+            if found is not None:
+                run_directory.check_model(found.state.get("model"), self.settings, self.folder.url)
+            return found and (found.name, found.state, sorted(found.tensors))
+
+        head = self.group.on_main(read)
+        if head is None:
+            return None
+        name, state, files = head
+        return checkpoint.Checkpoint(
+            name, state, {file: self.group.broadcast(found and found.tensors[file]) for file in files}
+        )
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        if found.state["data"]["digest"] != self.stream.digest and self.group.is_main:
+            print(
+                f"sivae: {self.settings.data.url} is not the set that checkpoint {found.name} was trained on",
+                file=sys.stderr,
+            )
+        self.state.restore(found.tensors)
+        self.images_seen, self.attempt = found.images_seen, found.state["attempt"]
+        self.saved = checkpoint.Checkpoint(found.name, found.state, {})
+
+    def _due(self, every_images: int) -> bool:
+        return schedule.due(self.images_seen, self.batch_size, every_images)

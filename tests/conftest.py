@@ -1,0 +1,22 @@
+"""Shared by all tests: one thread per process, as several processes share the machine; the `gpu` mark; a packed set of digits."""
+
+import os
+
+import pytest
+import torch
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """Where `digits:` is packed once for the whole test run."""
+    return str(tmp_path_factory.mktemp("cache"))
