@@ -36,6 +36,9 @@ class RunSettings(Section):
     """Seed of the weights, of every random draw and of the data order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU when there is one."""
+    cpu_threads: int | None = Field(None, gt=0)
+    """Threads of each rank on a CPU; None is torch's choice. Small networks are fastest with 1: more threads than free
+    cores wait for each other at every layer."""
     checkpoint_images: int = Field(100_000, gt=0)
     """Save a checkpoint every so many images (and always at the end)."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -114,9 +114,8 @@ class Engine:
             return
         self.engine.step()
         if last and self.zero_stage:
-            self.grad_norm = torch.as_tensor(
-                self.engine.get_global_grad_norm() or 0.0, dtype=torch.float32, device=self.group.device
-            )
+            norm = self.engine.get_global_grad_norm()
+            self.grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.group.device)
 
     # The running average
 

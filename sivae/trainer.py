@@ -59,6 +59,8 @@ def train(settings: Config, report: Report = lambda metrics, name: None) -> Resu
     `report(metrics, checkpoint)` is called on every rank whenever scalars are logged, with the newest checkpoint's name or
     None; it is all that an orchestrator sees. Raises UserError or ConfigError with one clear sentence.
     """
+    if settings.run.cpu_threads is not None:
+        torch.set_num_threads(settings.run.cpu_threads)
     with distributed.join(settings.run.device) as group:
         return Trainer(settings, group, report).run()
 
@@ -88,7 +90,11 @@ class Trainer:
 
     def run(self) -> Result:
         total, tracking, run = self.settings.schedule.total_images, self.settings.tracking, self.settings.run
-        if self.saved is not None:
+        if self.images_seen >= total:
+            self.tracker.note(
+                f"nothing left to do at {self.images_seen:,} images; raise schedule.total_images to go on"
+            )
+        elif self.saved is not None:
             self.tracker.note(f"resuming at {self.images_seen:,} images from checkpoint {self.saved.name}")
         elif run.on_nonfinite == "rollback":
             self._save()  # something to return to

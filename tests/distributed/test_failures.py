@@ -1,0 +1,117 @@
+"""What goes wrong in a run ends it with one clear sentence, a code, and what was saved still whole. Real processes.
+
+pytest tests/distributed/test_failures.py
+"""
+
+import json
+import resource
+import signal
+
+import pytest
+
+from sivae.checkpoint import list_names
+from sivae.storage import Folder
+from tests.processes import run_sivae
+
+
+@pytest.fixture
+def arguments(cache_dir, tmp_path):
+    def make(*overrides: str) -> list[str]:
+        return [
+            "train", "configs/digits.yaml", f"run.directory={tmp_path / 'run'}", f"data.cache_dir={cache_dir}", "data.num_workers=0",
+            "model.channels=[8,16]", "model.latent_dim=4", "schedule.total_images=640", "run.checkpoint_images=160",
+            "tracking.log_images=160", "tracking.progress=false", "tracking.tensorboard=false", *overrides,
+        ]  # fmt: skip
+
+    return make
+
+
+def refused(done) -> str:
+    """The one sentence of a run that was refused."""
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("sivae: error")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_divergence_stops_before_the_step_and_says_what_helps(arguments, tmp_path):
+    """A learning rate that really diverges: the weights that were saved are finite, the term and the advice are named."""
+    done = run_sivae(arguments("encoder_optimizer.lr=1e6", "decoder_optimizer.lr=1e6"))
+    sentence = refused(done)
+    assert "non-finite" in sentence and "objective.beta_neg" in sentence and "images" in sentence
+    assert any(term in sentence for term in ("rec", "kl_real", "kl_rec", "kl_fake"))
+
+
+def test_rollback_draws_anew_and_gives_up_after_its_limit(arguments, tmp_path):
+    done = run_sivae(
+        arguments(
+            "encoder_optimizer.lr=1e6", "decoder_optimizer.lr=1e6", "run.on_nonfinite=rollback", "run.max_rollbacks=2"
+        )
+    )
+    sentence = refused(done)
+    assert "gave up after 2 rollbacks" in sentence
+    assert done.stderr.count("with other draws") == 2
+    assert list_names(Folder(str(tmp_path / "run")))[0] == "000000000000"
+
+
+def test_run_directory_of_another_model(arguments):
+    assert run_sivae(arguments("schedule.total_images=160")).returncode == 0
+    sentence = refused(run_sivae(arguments("model.latent_dim=5")))
+    assert "latent_dim is 4 there and 5 here" in sentence and "run.directory" in sentence
+
+
+def test_images_of_another_size(arguments, tmp_path):
+    from sivae.data.pack import pack
+
+    pack("digits:", tmp_path / "set", resolution=8, progress=False)
+    sentence = refused(run_sivae(arguments(f"data.url={tmp_path / 'set'}")))
+    assert "8" in sentence and "16" in sentence and "resolution" in sentence
+
+
+def test_batch_larger_than_the_set(arguments):
+    assert "1797" in refused(run_sivae(arguments("schedule.batch_size=1800", "schedule.total_images=3600")))
+
+
+def test_batch_that_does_not_divide_over_ranks(arguments):
+    done = run_sivae(arguments("schedule.batch_size=15"), ranks=2)
+    assert done.returncode != 0
+    assert "15 images do not divide over 2 ranks" in done.stderr
+
+
+def test_missing_config():
+    assert "nowhere.yaml" in refused(run_sivae(["train", "nowhere.yaml"]))
+
+
+def test_missing_data(arguments, tmp_path):
+    assert "sivae pack" in refused(run_sivae(arguments(f"data.url={tmp_path / 'nothing'}")))
+
+
+def test_run_directory_that_cannot_be_written(arguments, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in refused(run_sivae(arguments(f"run.directory={tmp_path / 'file' / 'run'}")))
+
+
+def test_full_disk_while_saving_keeps_the_checkpoint_before(arguments, tmp_path):
+    """The process may write no file larger than 60 kB from its second checkpoint on: a limit of the kernel, as a full disk is."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+    assert run_sivae(arguments("schedule.total_images=160")).returncode == 0
+    sentence = refused(run_sivae(arguments(), preexec_fn=limit))
+    assert "cannot write" in sentence and "disk is full" in sentence
+    run = Folder(str(tmp_path / "run"))
+    assert list_names(run) == run.names("checkpoints") == ["000000000160"]
+    assert run_sivae(arguments()).returncode == 0, "with space again, the same command goes on"
+
+
+def test_kl_gap_that_stays_negative_is_warned_of(arguments):
+    """A plain VAE objective has no gap; with beta_neg 0 the encoder is not told apart, and fakes get the lower KL at some point."""
+    done = run_sivae(arguments("objective.beta_neg=0", "tracking.log_images=16", "schedule.total_images=3200"))
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in open(arguments()[2].removeprefix("run.directory=") + "/metrics.jsonl")]
+    gaps = [line["terms/kl_gap"] < 0 for line in lines]
+    runs = "".join("n" if gap else "p" for gap in gaps)
+    assert ("n" * 10 in runs) == ("published advice" in done.stderr), runs

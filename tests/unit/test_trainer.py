@@ -1,0 +1,211 @@
+"""The loop in one process: every objective, precision and family trains; what a run directory holds; when the host reads.
+
+pytest tests/unit/test_trainer.py
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sivae
+from sivae import config, distributed, images, inference, models, objectives, trainer
+from sivae.engines import Engine
+from sivae.objectives import Draws
+from sivae.step import FiniteGate, Pass, train_step
+
+SECRET = "hidden-secret"
+
+
+@pytest.fixture
+def run(cache_dir, tmp_path):
+    """Train a small model on digits for 64 images; returns the result, the settings and the lines of metrics.jsonl."""
+
+    def train(*overrides: str, name: str = "run"):
+        # `section:={...}` replaces a whole section, which an override of a key cannot.
+        sections = dict(override.split(":=") for override in overrides if ":=" in override)
+        tree = yaml.safe_load(Path("configs/digits.yaml").read_text()) | {
+            key: yaml.safe_load(text) for key, text in sections.items()
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        settings = config.load(
+            str(path),
+            [
+                f"run.directory={tmp_path / name}", f"data.cache_dir={cache_dir}", "data.num_workers=0",
+                *([] if "model" in sections else ["model.channels=[8,16]", "model.latent_dim=4"]), "schedule.total_images=64", "run.checkpoint_images=32", "tracking.log_images=32",
+                "tracking.picture_images=64", "tracking.progress=false", "tracking.tensorboard=false",
+                *(override for override in overrides if ":=" not in override),
+            ],
+        )  # fmt: skip
+        result = trainer.train(settings)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return result, settings, lines
+
+    return train
+
+
+SOFT_TERMS = {
+    "rec",
+    "kl_real",
+    "kl_rec",
+    "kl_fake",
+    "exp_elbo_rec",
+    "exp_elbo_fake",
+    "rec_d",
+    "kl_rec_d",
+    "kl_fake_d",
+    "kl_gap",
+}
+
+
+@pytest.mark.parametrize(
+    "overrides, terms",
+    [
+        ([], SOFT_TERMS),
+        (["objective.gamma_r=1e-8"], SOFT_TERMS | {"rec_rec_d", "rec_fake_d"}),
+        (["objective.name=bootstrap", "objective.target_refresh_images=32"], SOFT_TERMS | {"rec_rec_d", "rec_fake_d"}),
+        (["engine.precision=bfloat16", "engine.zero_stage=1"], SOFT_TERMS),
+        (["objective.reconstruction=l1", "objective.beta_rec=0.1"], SOFT_TERMS),
+        (["objective.reconstruction=bce", "model.output=sigmoid"], SOFT_TERMS),
+        (["objective:={name: vae}"], {"rec", "kl_real", "rec_d"}),
+        (
+            ["objective:={name: intro_vae}"],
+            {"rec", "kl_real", "kl_rec", "kl_fake", "rec_d", "kl_rec_d", "kl_fake_d", "kl_gap"},
+        ),
+        (["model.num_classes=10"], SOFT_TERMS),
+        (["model:={family: mlp, sample_shape: [1, 16, 16], latent_dim: 4, num_hidden: 16, num_layers: 1}"], SOFT_TERMS),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_trains_and_tells_every_term(run, overrides, terms):
+    result, settings, lines = run(*overrides)
+    assert result.images_seen == 64 and [line["images_seen"] for line in lines] == [32, 64]
+    named = {name.split("/")[1] for name in lines[-1] if name.startswith("terms/")}
+    assert named == terms
+    assert {"loss/loss_encoder", "loss/loss_decoder", "optimizer/grad_norm_encoder", "optimizer/grad_norm_decoder", "optimizer/lr_encoder",
+            "optimizer/lr_decoder", "speed/images_per_sec", "speed/data_wait_fraction", "memory/peak_bytes"} <= set(lines[-1])  # fmt: skip
+    assert all(math.isfinite(value) for value in lines[-1].values())
+    model = sivae.load(settings.run.directory)
+    assert model.sample(3).shape == (3, 1, 16, 16)
+
+
+def test_bfloat16_stays_close_to_float32(run):
+    """bfloat16 has 8 bits of mantissa, 0.4%; a few layers of it stay within 5% of the loss."""
+    exact, rounded = (run(f"engine.precision={kind}", name=kind)[2][0] for kind in ("float32", "bfloat16"))
+    assert exact["loss/loss_encoder"] != rounded["loss/loss_encoder"]
+    assert rounded["loss/loss_encoder"] == pytest.approx(exact["loss/loss_encoder"], rel=0.05)
+
+
+def test_run_directory_holds_settings_versions_and_pictures_but_no_secrets(run, tmp_path):
+    run("data.storage_options.key=" + SECRET, "tracking.tensorboard=true")
+    folder = tmp_path / "run"
+    assert config.parse(yaml.safe_load((folder / "config.yaml").read_text())).model.channels == [8, 16]
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__ and environment["ranks"] == 1
+    assert (folder / "pictures" / "samples-000000000064.png").read_bytes().startswith(b"\x89PNG")
+    assert not any(SECRET.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_tensorboard_shows_scalars_pictures_histograms_settings_and_hparams(run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, _, lines = run("tracking.tensorboard=true")
+    log = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0, "histograms": 0})
+    log.Reload()
+    tags = log.Tags()
+    assert set(lines[-1]) - {"images_seen", "time"} <= set(tags["scalars"])
+    assert [event.step for event in log.Scalars("terms/rec")] == [32, 64]
+    assert [event.value for event in log.Scalars("terms/rec")] == pytest.approx(
+        [line["terms/rec"] for line in lines], rel=1e-6
+    )
+    assert tags["images"] == ["samples"] and set(tags["histograms"]) == {"latent/mu", "latent/logvar"}
+    assert "settings/text_summary" in tags["tensors"]
+    assert "_hparams_/experiment" in log.summary_metadata
+
+
+def test_pictures_use_the_same_images_and_latents_each_time(run, tmp_path):
+    """With nothing left to learn, two pictures of a run are the same pixels: neither images nor latents were drawn anew."""
+    run("tracking.picture_images=32", "encoder_optimizer.lr=1e-30", "decoder_optimizer.lr=1e-30")
+    first, second = sorted((tmp_path / "run" / "pictures").iterdir())
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_report_hears_of_metrics_and_checkpoints(cache_dir, tmp_path, run):
+    heard = []
+    settings = config.load(
+        "configs/digits.yaml",
+        [f"run.directory={tmp_path}", f"data.cache_dir={cache_dir}", "data.num_workers=0", "model.channels=[8,16]", "schedule.total_images=64",
+         "run.checkpoint_images=32", "tracking.log_images=32", "tracking.progress=false", "tracking.tensorboard=false"],
+    )  # fmt: skip
+    trainer.train(settings, report=lambda metrics, name: heard.append((metrics["loss/loss_encoder"], name)))
+    assert [name for _, name in heard] == ["000000000032", "000000000064"]
+    before = len(heard)
+    assert trainer.train(settings, report=lambda *told: heard.append(told)).images_seen == 64, (
+        "a finished run has nothing left to do"
+    )
+    assert len(heard) == before
+
+
+def test_training_goes_on_from_imported_weights(run, tmp_path):
+    _, settings, _ = run()
+    trained = sivae.load(settings.run.directory, weights="plain")
+    inference.export(trained, str(tmp_path / "exported"))
+    _, again, _ = run(
+        f"run.init_from={tmp_path / 'exported'}",
+        "encoder_optimizer.lr=1e-30",
+        "decoder_optimizer.lr=1e-30",
+        name="again",
+    )
+    started = sivae.load(again.run.directory, weights="plain")
+    for ours, theirs in zip((started.encoder, started.decoder), (trained.encoder, trained.decoder)):
+        assert all(torch.equal(ours.state_dict()[name], value) for name, value in theirs.state_dict().items())
+
+
+def test_a_saved_batch_norm_model_samples_as_in_training(run):
+    """The published code's most reported fault. The picture of the run and the loaded model are the same pixels."""
+    result, settings, _ = run("model.norm=batch")
+    model = sivae.load(settings.run.directory)
+    samples = model.to_uint8(model.sample(32, seed=settings.run.seed))
+    picture = np.asarray(Image.open(result.picture))
+    expected = images.grid(samples, columns=16)
+    assert (picture[-len(expected) :] == expected).all()
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often a tensor's value goes to Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(keywords or {}))
+
+
+def test_a_step_reads_nothing_back_to_the_host():
+    with distributed.join("cpu") as group:
+        gate = FiniteGate(group)
+        networks = models.build("conv", num_channels=1, resolution=16, channels=[8, 16], latent_dim=4)
+        engines = [
+            Engine(
+                network, group, lr=1e-3, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, clip_grad_norm=1.0, zero_stage=0, precision="float32",
+                offload_optimizer=False, micro_batch_size=4, accumulation=1, found_inf=gate.found_inf,
+            )
+            for network in networks
+        ]  # fmt: skip
+        item = Pass(torch.rand(4, 1, 16, 16), None, Draws(*(torch.randn(4, 4) for _ in Draws.names())))
+        objective = objectives.build("soft_intro_vae", num_values=256)
+        with HostReads() as reads:
+            train_step(*engines, None, objective, [item], gate, 0, lr_encoder=1e-3, lr_decoder=1e-3, ema_decay=0.9)
+        assert reads.count == 0
+        with HostReads() as reads:
+            gate.read()
+        assert reads.count == 1, "the counter counts"
