@@ -46,9 +46,11 @@ class Damaged(UserError):
 def save(run: Folder, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]], keep: int) -> str:
     """Write under a new name, publish, then prune to the newest `keep`. Returns the name. A failed save leaves nothing behind."""
     name = f"{state['images_seen']:012d}"
-    taken = run.names("checkpoints")
-    if name in taken:
-        name = f"{name}.{sum(other.startswith(name) for other in taken)}"
+    # One more than the highest there: some of those before it may have been pruned.
+    taken = [_order(other) for other in run.names("checkpoints") if _NAME.fullmatch(other)]
+    attempts = [attempt for images, attempt in taken if images == state["images_seen"]]
+    if attempts:
+        name = f"{name}.{max(attempts) + 1}"
     try:
         manifest: dict[str, Any] = {"format": FORMAT, "files": {}}
         for file, named in tensors.items():

@@ -67,6 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     reconstruct = add("reconstruct", "Reconstruct images: a picture with each image above its reconstruction.")
     add_model(reconstruct)
     reconstruct.add_argument("source", help="image file, folder, packed set, .npy/.npz or digits:; #N picks image N")
+    reconstruct.add_argument(
+        "--label", type=int, help="class of the images, for a conditional model, where the source has none"
+    )
     reconstruct.add_argument("--count", type=int, default=16)
     reconstruct.add_argument("--output", default="reconstructions.png")
 
@@ -74,6 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(interpolate)
     interpolate.add_argument("first", help="image file, or a set with #N for image N, e.g. digits:#3")
     interpolate.add_argument("second")
+    interpolate.add_argument(
+        "--label", type=int, help="class along the path, for a conditional model; the first image's by default"
+    )
     interpolate.add_argument("--steps", type=int, default=10)
     interpolate.add_argument("--output", default="interpolation.png")
 

@@ -51,8 +51,10 @@ def pack(options: argparse.Namespace) -> None:
 
 
 def sample(options: argparse.Namespace) -> None:
-    model = _load(options)
     _require(options.count > 0, f"--count: {options.count} is not a number of images")
+    _require(options.seed >= 0, f"--seed: {options.seed} is negative")
+    model = _load(options)
+    _require(len(model.sample_shape) == 3, "this model is not one of images")
     if options.label is not None:
         _require(model.num_classes, "--label: this model is not conditional on classes")
         _require(
@@ -69,8 +71,9 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def reconstruct(options: argparse.Namespace) -> None:
+    _require(options.count > 0, f"--count: {options.count} is not a number of images")
     model = _load(options)
-    real, labels = read_images(options.source, model, options.count)
+    real, labels = read_images(options.source, model, options.count, options.label)
     again = model.to_uint8(model.reconstruct(real, labels)).cpu()
     columns = _columns(len(real))
     _write(options.output, images.panels({"real": real, "reconstructed": again}, columns))
@@ -81,8 +84,8 @@ def reconstruct(options: argparse.Namespace) -> None:
 def interpolate(options: argparse.Namespace) -> None:
     model = _load(options)
     _require(options.steps >= 2, f"--steps: {options.steps} is too few, both ends make 2")
-    first, labels = read_images(options.first, model, 1)
-    second, _ = read_images(options.second, model, 1)
+    first, labels = read_images(options.first, model, 1, options.label)
+    second, _ = read_images(options.second, model, 1, options.label)
     path = model.to_uint8(model.interpolate(first, second, options.steps, labels)[0]).cpu()
     _write(options.output, images.grid(torch.cat([first, path, second]), columns=options.steps + 2))
 
@@ -126,8 +129,10 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def read_images(source: str, model: inference.Model, count: int) -> tuple[Tensor, Tensor | None]:
-    """Up to `count` images as the model takes them: uint8 [N, C, H, W], with labels int64 [N] where the source has them.
+def read_images(
+    source: str, model: inference.Model, count: int, label: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Up to `count` images as the model takes them: uint8 [N, C, H, W], with labels int64 [N]: `label`, or the source's, or None.
 
     `source` is an image file, a folder, a packed set, an array file or `digits:`; with `#N` only its image N.
     """
@@ -137,7 +142,7 @@ def read_images(source: str, model: inference.Model, count: int) -> tuple[Tensor
 
     _require(len(model.sample_shape) == 3, "this model is not one of images")
     source, _, number = source.partition("#")
-    _require(not number or number.isdigit(), f"{source}#{number}: #N picks an image by its number")
+    _require(not number or number.isdecimal(), f"{source}#{number}: #N picks an image by its number")
     channels, resolution, _ = model.sample_shape
     if source.lower().endswith(IMAGE_SUFFIXES):
         items = [_read_file(source)]
@@ -145,20 +150,21 @@ def read_images(source: str, model: inference.Model, count: int) -> tuple[Tensor
         items = ImageStream(source, batch_size=1, resolution=resolution, num_channels=channels)
     else:
         items = open_source(source, resolution=resolution)
+    if label is not None:
+        _require(model.num_classes, "--label: this model is not conditional on classes")
     _require(not number or int(number) < len(items), f"{source}: has images 0 to {len(items) - 1}, not {number}")
     numbers = [int(number)] if number else list(range(min(count, len(items))))
     if isinstance(items, ImageStream):
         batch = items.sample(numbers)
-        return batch.images, batch.labels
-    found = [items[i] for i in numbers]
-    pixels = np.stack(
-        [
-            np.asarray(fit(image, resolution, channels)).reshape(resolution, resolution, channels)
-            for _, image, _ in found
+        pixels, labels = batch.images, batch.labels
+    else:
+        found = [items[i] for i in numbers]
+        fitted = [
+            np.asarray(fit(image, resolution, channels)).reshape(resolution, resolution, -1) for _, image, _ in found
         ]
-    )
-    labels = None if found[0][2] is None else torch.tensor([label for _, _, label in found])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), labels
+        pixels = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
+        labels = None if found[0][2] is None else torch.tensor([own for _, _, own in found])
+    return pixels, labels if label is None else torch.full((len(pixels),), label)
 
 
 def _read_file(path: str) -> tuple[str, np.ndarray, None]:
@@ -167,8 +173,8 @@ def _read_file(path: str) -> tuple[str, np.ndarray, None]:
 
     from sivae.data.sources import to_uint8
 
-    folder, _, name = path.rpartition("/")
-    data = Folder(folder or ".").read(name)
+    folder, name = _split(path)
+    data = folder.read(name)
     try:
         with Image.open(io.BytesIO(data)) as image:
             return path, to_uint8(image), None
@@ -183,9 +189,15 @@ def _load(options: argparse.Namespace) -> inference.Model:
 
 
 def _write(path: str, picture: np.ndarray) -> None:
-    folder, _, name = path.rpartition("/")
-    Folder(folder or ".").write(images.png_bytes(picture), name)
+    folder, name = _split(path)
+    folder.write(images.png_bytes(picture), name)
     print(path)
+
+
+def _split(path: str) -> tuple[Folder, str]:
+    """The folder of a file, at a path or URL, and its name."""
+    folder, slash, name = path.rpartition("/")
+    return Folder(folder or slash or "."), name
 
 
 def _columns(count: int) -> int:

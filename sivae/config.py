@@ -26,13 +26,15 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Strict: no unknown keys, no silent conversion of types, no change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class RunSettings(Section):
     directory: str = Field(min_length=1)
     """Where checkpoints, metrics, pictures and logs go: a folder or any fsspec URL."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the weights, of every random draw and of the data order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU when there is one."""
@@ -361,7 +363,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> Config:
     try:
         with fsspec.open(path, "r") as file:
             text = file.read()
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 (drivers of object stores raise their own kinds)
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ConfigError(
             f"{path}: cannot be read ({reason}); give the path of a YAML file such as configs/digits.yaml"
@@ -371,7 +373,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> Config:
         tree = OmegaConf.create(text)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
-    if not OmegaConf.is_dict(tree) or not tree:
+    if not OmegaConf.is_dict(tree) or not any(section in tree for section in Config.model_fields):
         raise ConfigError(f"{path}: holds no settings; see configs/digits.yaml for an example")
     for override in overrides:
         if "=" not in override or override.startswith("="):

@@ -55,12 +55,12 @@ def run(path: str | None, overrides: list[str]) -> int:
         )
         line(None, f"no GPU: training runs on the CPU ({reason})")
     if path is not None:
-        problems += _check_config(path, overrides, line)
+        _check_config(path, overrides, line)
     print("nothing stands in the way" if not problems else f"{problems} things to mend")
     return 1 if problems else 0
 
 
-def _check_config(path: str, overrides: list[str], line) -> int:
+def _check_config(path: str, overrides: list[str], line) -> None:
     from sivae.data import open_stream
 
     try:
@@ -71,7 +71,7 @@ def _check_config(path: str, overrides: list[str], line) -> int:
         )
     except config.ConfigError as error:
         line(False, str(error))
-        return 0
+        return
     try:
         folder = Folder(settings.run.directory, settings.run.storage_options)
         probe = f".doctor-{uuid.uuid4().hex}"
@@ -95,4 +95,3 @@ def _check_config(path: str, overrides: list[str], line) -> int:
         line(True, f"data.url {data.url}: {len(stream):,} images, the first and the last can be read")
     except UserError as error:
         line(False, f"data.url: {error}")
-    return 0

@@ -6,6 +6,7 @@ It takes the averaged weights and eval mode, which is what the training's pictur
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -54,6 +55,8 @@ class Model:
             )
         images = images.to(self.device)
         images = to_float(images, *self.value_range) if images.dtype == torch.uint8 else images
+        if self.num_classes and labels is None:
+            raise UserError(f"this model is conditional on {self.num_classes} classes: give the images' labels")
         return self.encoder(images, self._labels(labels, len(images)))
 
     @torch.no_grad()
@@ -93,6 +96,10 @@ class Model:
             return None
         if labels is None:
             return torch.arange(count, device=self.device) % self.num_classes
+        if labels.shape != (count,) or labels.dtype != torch.int64:
+            raise UserError(
+                f"labels must be int64 of shape ({count},), not {labels.dtype} of shape {tuple(labels.shape)}"
+            )
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise UserError(
                 f"labels must lie in 0 .. {self.num_classes - 1}; got {int(labels.min())} .. {int(labels.max())}"
@@ -111,6 +118,8 @@ def load(
 
     Raises UserError when there is no model at `path`, or a damaged one.
     """
+    if weights not in ("average", "plain"):
+        raise UserError(f"weights: {weights!r} is neither 'average' nor 'plain'")
     folder = Folder(path, storage_options)
     if folder.exists(SETTINGS_FILE):
         return _load_exported(folder, device)
@@ -156,7 +165,10 @@ def _load_exported(folder: Folder, device: str | torch.device) -> Model:
 
     try:
         settings = json.loads(folder.read(SETTINGS_FILE))
-        tensors = load_tensors(folder.read(WEIGHTS_FILE))
+        weights = folder.read(WEIGHTS_FILE)
+        if hashlib.sha256(weights).hexdigest() != settings["sha256"]:
+            raise ValueError(f"{WEIGHTS_FILE} does not match its checksum")
+        tensors = load_tensors(weights)
         model = Model(_model_settings(settings["model"], folder.url), device, settings.get("info", {}))
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder.url}: is not a model that sivae can read ({type(error).__name__}: {error})") from None
@@ -183,9 +195,16 @@ def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = N
     }
     if target_decoder is not None:
         folder.write(save_tensors({key: value.contiguous() for key, value in target_decoder.items()}), TARGET_FILE)
-    folder.write(save_tensors(tensors), WEIGHTS_FILE)
+    weights = save_tensors(tensors)
+    folder.write(weights, WEIGHTS_FILE)
     folder.write(_model_card(model).encode(), "README.md")
-    settings = {"format": 1, "version": __version__, "model": model.settings, "info": model.info}
+    settings = {
+        "format": 1,
+        "version": __version__,
+        "model": model.settings,
+        "info": model.info,
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }
     folder.write(json.dumps(settings, indent=1).encode(), SETTINGS_FILE)
 
 

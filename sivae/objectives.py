@@ -62,7 +62,10 @@ def reconstruction_error(target: Tensor, rec: Tensor, kind: str) -> Tensor:
     if kind == "l1":
         return (rec - target).abs().sum(dim=1)
     if kind == "bce":
-        return F.binary_cross_entropy(rec, target, reduction="none").sum(dim=1)
+        # Written out, because torch's has an infinite gradient to the target where a sigmoid saturates (1 in float32 from 17 on)
+        # and is refused under CUDA autocast.
+        rec = rec.clamp(1e-30, 1 - 2**-24)  # the largest float32 below 1
+        return -(target * rec.log() + (1 - target) * (1 - rec).log()).sum(dim=1)
     raise ValueError(f"no reconstruction error is called {kind!r}")
 
 

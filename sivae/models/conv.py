@@ -60,12 +60,16 @@ class ResidualBlock(nn.Module):
         return F.leaky_relu(y, SLOPE)
 
 
-def make_blocks(widths: list[int], norm: str, group_size: int, residual: str) -> nn.ModuleList:
+def make_blocks(
+    widths: list[int], norm: str, group_size: int, residual: str, keeps_first: bool = False
+) -> nn.ModuleList:
     """One block per step of `widths` and a last one that keeps its width."""
     blocks = []
-    for width_in, width_out in zip(widths, widths[1:]):
-        # IntroVAE compares widths by identity of the Python integers, so wide levels of equal width project too.
-        project = width_in != width_out or (residual == "intro_vae" and width_in > 256)
+    for index, (width_in, width_out) in enumerate(zip(widths, widths[1:])):
+        # IntroVAE compares widths by identity of the Python integers, so wide levels of equal width project too; but the
+        # decoder's first block is handed one integer twice.
+        same_integer = keeps_first and index == 0
+        project = width_in != width_out or (residual == "intro_vae" and width_in > 256 and not same_integer)
         blocks.append(ResidualBlock(width_in, width_out, norm, group_size, residual, project))
     blocks.append(ResidualBlock(widths[-1], widths[-1], norm, group_size, residual, project=False))
     return nn.ModuleList(blocks)
@@ -113,7 +117,7 @@ class ConvDecoder(nn.Module):
         self.size = resolution // 2 ** len(channels)
         self.stem = nn.Linear(latent_dim + num_classes, channels[-1] * self.size**2)
         # The first level keeps the innermost width, then they widen towards the image.
-        self.blocks = make_blocks([channels[-1], *channels[::-1]], norm, group_size, residual)
+        self.blocks = make_blocks([channels[-1], *channels[::-1]], norm, group_size, residual, keeps_first=True)
         self.head = nn.Conv2d(channels[0], num_channels, 5, padding=2)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:

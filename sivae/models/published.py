@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import pickle
 import re
-import zipfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,15 +45,17 @@ def read(path: str, residual: str | None = None) -> Published:
         raise UserError(f"{path}: there is no such file") from None
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path}: holds Python objects, not only weights, and reading those could run code; where you trust the file, open it"
-            ' in the code that made it and save {"model": model.state_dict()} with torch.save'
+            f"{path}: holds Python objects besides weights, whose reading could run code, or is damaged; where you trust the file,"
+            ' open it in the code that made it and save {"model": model.state_dict()} with torch.save'
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # noqa: BLE001 (a damaged pickle makes the unpickler raise nearly anything)
         raise UserError(
             f"{path}: cannot be read as a PyTorch file ({' '.join(str(error).split())[:200]}); it may be truncated"
         ) from None
     state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise UserError(f"{path}: holds no state dict of a published image, bootstrap, 2D or IntroVAE model")
     return convert(state, path, residual)
 

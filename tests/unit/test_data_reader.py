@@ -264,8 +264,8 @@ def test_stopping_early_leaves_no_process(folder):
 
 
 def test_urls_are_shown_without_secrets():
-    text = shown("https://me:secret@host/a?X-Amz-Signature=secret and s3://bucket/a@b")
-    assert "secret" not in text and "s3://bucket/a@b" in text
+    text = shown("https://me:secret@host/a?X-Amz-Signature=secret and s3://reader/a@b")
+    assert "secret" not in text and "s3://reader/a@b" in text
 
 
 # Other storage
@@ -285,7 +285,7 @@ def test_memory_filesystem(folder, uninterrupted, tmp_path):
 
 @pytest.fixture(scope="module")
 def s3():
-    """Storage options of a bucket `bucket` on a real S3 server on loopback."""
+    """Storage options of a bucket `reader` on a real S3 server on loopback."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -294,14 +294,14 @@ def s3():
     options = {"key": "test", "secret": "test", "client_kwargs": {"endpoint_url": f"http://{host}:{port}"}}
     import s3fs
 
-    s3fs.S3FileSystem(**options).mkdir("bucket")
+    s3fs.S3FileSystem(**options).mkdir("reader")
     yield options
     server.stop()
 
 
 def test_s3_packs_and_reads_back_the_same(s3, folder, uninterrupted, tmp_path):
     source = os.path.join(os.path.dirname(folder), "a.npz")
-    url, settings = "s3://bucket/set", {"storage_options": s3}
+    url, settings = "s3://reader/set", {"storage_options": s3}
     made = pack(source, url, resolution=5, samples_per_shard=4, progress=False, **settings)
     assert made.digest == Index.load(folder).digest
     step = 0
@@ -320,23 +320,23 @@ def test_s3_damage_is_found(s3, folder):
     import s3fs
 
     fs = s3fs.S3FileSystem(**s3)
-    fs.put(folder, "bucket/damaged", recursive=True)
-    fs.rm("bucket/damaged/shard-000003.tar")
+    fs.put(folder, "reader/damaged", recursive=True)
+    fs.rm("reader/damaged/shard-000003.tar")
     settings = {"storage_options": s3, "retries": 1}
     with pytest.raises(UserError, match="sample 00000012 of shard-000003.tar at s3://.*missing"):
-        read_all("s3://bucket/damaged", **settings)
+        read_all("s3://reader/damaged", **settings)
     with open(os.path.join(folder, "shard-000003.tar"), "rb") as file:
         whole = file.read()
     index = Index.load(folder)
     at = int(index.offset[13]) + 5
-    fs.pipe_file("bucket/damaged/shard-000003.tar", whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+    fs.pipe_file("reader/damaged/shard-000003.tar", whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
     with pytest.raises(UserError, match="sample 00000013 of shard-000003.tar .*damaged.*tried 2 times"):
-        read_all("s3://bucket/damaged", num_workers=1, **settings)
-    fs.pipe_file("bucket/damaged/shard-000003.tar", whole[: at - 5])
+        read_all("s3://reader/damaged", num_workers=1, **settings)
+    fs.pipe_file("reader/damaged/shard-000003.tar", whole[: at - 5])
     with pytest.raises(UserError, match=r"sample 0000001[23] of shard-000003.tar"):
-        read_all("s3://bucket/damaged", **settings)
+        read_all("s3://reader/damaged", **settings)
     with pytest.raises(UserError, match="sivae pack"):
-        read_all("s3://bucket/absent", **settings)
+        read_all("s3://reader/absent", **settings)
 
 
 class Misbehaving(http.server.BaseHTTPRequestHandler):

@@ -1,0 +1,350 @@
+"""Proves that the commands make the pictures and folders they promise, of the right size and content, and that bad input ends
+with exit code 1 and one sentence, with a traceback only for `--debug`.
+
+    python -m pytest tests/unit/test_commands.py
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sivae
+from sivae import inference
+from sivae.cli import main
+from sivae.config import parse_model
+from sivae.data.pack import pack
+from sivae.errors import UserError
+from sivae.images import grid, pixels
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "data" / "golden"
+
+
+def export(folder, **fields):
+    tree = {"family": "conv", "num_channels": 1, "resolution": 16, "channels": [8, 8], "latent_dim": 4} | fields
+    inference.export(inference.Model(parse_model(tree).model_dump()), str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    mlp = {"family": "mlp", "sample_shape": [1, 16, 16], "latent_dim": 4, "num_hidden": 8}
+    two = {"family": "mlp", "sample_shape": [2], "latent_dim": 2, "num_hidden": 8}
+    for name, tree in {"mlp": mlp, "points": two}.items():
+        inference.export(inference.Model(parse_model(tree).model_dump()), str(folder / name))
+    return {
+        "grey": export(folder / "grey"),
+        "colour": export(folder / "colour", num_channels=3),
+        "conditional": export(folder / "conditional", num_classes=10),
+        "mlp": str(folder / "mlp"),
+        "points": str(folder / "points"),
+    }
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Each test in a folder of its own, with the environment as it was afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SIVAE_DEBUG", "")
+    monkeypatch.setenv("SIVAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("RANK", raising=False)
+    return tmp_path
+
+
+def picture(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image)
+
+
+def size_of_grid(count, columns, size=64, padding=2):
+    return (-(-count // columns) * (size + padding) + padding, columns * (size + padding) + padding, 3)
+
+
+def save_image(path, channels=3, size=(20, 30), seed=0):
+    data = np.random.default_rng(seed).integers(0, 256, (*size, channels), dtype=np.uint8)
+    Image.fromarray(data if channels == 3 else data[..., 0]).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["grey", "colour", "mlp", "conditional"])
+def test_sample(models, kind, here, capsys):
+    assert main(["sample", models[kind], "--count", "10", "--seed", "3"]) == 0
+    found = picture("samples.png")
+    assert found.shape == size_of_grid(10, 3)
+    model = sivae.load(models[kind])
+    assert np.array_equal(found, grid(model.to_uint8(model.sample(10, seed=3)), 3))
+    assert capsys.readouterr().out.strip() == "samples.png"
+
+
+def test_sample_into_a_folder_and_a_new_place(models, here):
+    command = ["sample", models["colour"], "--count", "3", "--output", "new/place/a.png", "--folder", "each"]
+    assert main(command) == 0
+    assert picture("new/place/a.png").shape == size_of_grid(3, 2)
+    assert sorted(path.name for path in Path("each").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    model = sivae.load(models["colour"])
+    assert np.array_equal(picture("each/000001.png"), pixels(model.to_uint8(model.sample(3))[1]))
+
+
+def test_sample_to_an_absolute_path(models, here):
+    assert main(["sample", models["grey"], "--count", "1", "--output", str(here / "a.png")]) == 0
+    assert picture(here / "a.png").shape == size_of_grid(1, 1)
+
+
+def test_sample_of_one_class(models, here):
+    assert main(["sample", models["conditional"], "--count", "4", "--label", "7"]) == 0
+    model = sivae.load(models["conditional"])
+    samples = model.to_uint8(model.sample(4, labels=torch.full((4,), 7)))
+    assert np.array_equal(picture("samples.png"), grid(samples, 2))
+
+
+def size_of_panels(count, columns):
+    height, width, _ = size_of_grid(count, columns)
+    return (2 * (18 + height), width, 3)
+
+
+@pytest.mark.parametrize("kind", ["grey", "colour", "mlp"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_reconstruct_an_image_file(models, kind, channels, here, capsys):
+    """Of any size, grey or colour: it is fitted to the model."""
+    assert main(["reconstruct", models[kind], save_image(here / "a.png", channels)]) == 0
+    assert picture("reconstructions.png").shape == size_of_panels(1, 1)
+    assert "mean squared error" in capsys.readouterr().out
+
+
+def test_reconstruct_digits(models, here, capsys):
+    assert main(["reconstruct", models["grey"], "digits:", "--count", "6"]) == 0
+    found = picture("reconstructions.png")
+    assert found.shape == size_of_panels(6, 2)
+    from sivae.data.sources import open_source
+
+    digits = torch.stack([torch.from_numpy(open_source("digits:", resolution=16)[i][1]) for i in range(6)])
+    digits = digits.permute(0, 3, 1, 2)
+    assert np.array_equal(found[18 : len(found) // 2], grid(digits, 2))
+    model = sivae.load(models["grey"])
+    again = model.to_uint8(model.reconstruct(digits))
+    assert np.array_equal(found[len(found) // 2 + 18 :], grid(again, 2))
+    # The printed number has five digits after the point.
+    error = float(((again.double() - digits.double()) / 255).square().mean())
+    assert f"mean squared error {error:.5f} over 6 images" in capsys.readouterr().out
+
+
+def test_reconstruct_a_folder_an_array_and_a_packed_set(models, here):
+    (here / "folder").mkdir()
+    for index in range(3):
+        save_image(here / "folder" / f"{index}.png", channels=1 + 2 * (index % 2), seed=index)
+    assert main(["reconstruct", models["colour"], "folder"]) == 0
+    assert picture("reconstructions.png").shape == size_of_panels(3, 2)
+    np.save("a.npy", np.random.default_rng(0).integers(0, 256, (5, 16, 16, 1), dtype=np.uint8))
+    assert main(["reconstruct", models["grey"], "a.npy", "--count", "4"]) == 0
+    assert picture("reconstructions.png").shape == size_of_panels(4, 2)
+    array = picture("reconstructions.png")
+    pack("a.npy", "packed", resolution=16, progress=False)
+    assert main(["reconstruct", models["grey"], "packed", "--count", "4"]) == 0
+    found = picture("reconstructions.png")
+    half = len(found) // 2
+    assert np.array_equal(found[:half], array[:half])
+    # Float32 rounding (another memory layout) may fall on the two sides of a half: one level of 256.
+    assert np.abs(found[half:].astype(int) - array[half:]).max() <= 1
+
+
+def test_reconstruct_with_the_labels_of_the_set(models, here):
+    assert main(["reconstruct", models["conditional"], "digits:#13"]) == 0
+    assert picture("reconstructions.png").shape == size_of_panels(1, 1)
+
+
+def test_interpolate(models, here):
+    assert main(["interpolate", models["grey"], "digits:#3", "digits:#1796", "--steps", "5"]) == 0
+    found = picture("interpolation.png")
+    assert found.shape == size_of_grid(7, 7)
+    from sivae.data.sources import open_source
+
+    source = open_source("digits:", resolution=16)
+    ends = [torch.from_numpy(source[i][1]).permute(2, 0, 1)[None] for i in (3, 1796)]
+    model = sivae.load(models["grey"])
+    path = model.to_uint8(model.interpolate(*ends, 5)[0])
+    assert np.array_equal(found, grid(torch.cat([ends[0], path, ends[1]]), 7))
+
+
+def test_interpolate_between_files(models, here):
+    first, second = save_image(here / "a.png"), save_image(here / "b.jpg", seed=1)
+    assert main(["interpolate", models["colour"], first, second, "--output", "x.png"]) == 0
+    assert picture("x.png").shape == size_of_grid(12, 12)
+
+
+def golden(name):
+    data = np.load(GOLDEN / f"{name}.npz")
+    return {n.removeprefix("init/"): torch.from_numpy(data[n]) for n in data.files if n.startswith("init/")}
+
+
+@pytest.mark.parametrize("name, kind", [("conv_bootstrap", "bootstrap"), ("mlp_soft_intro_vae", "2D")])
+def test_import(name, kind, here, capsys):
+    torch.save({"epoch": 1, "model": golden(name)}, "published.pth")
+    assert main(["import", "published.pth", "ours"]) == 0
+    assert f"{kind} model" in capsys.readouterr().out
+    model = sivae.load("ours")
+    assert model.info == {"imported_from": "published.pth", "kind": kind}
+    assert (here / "ours" / "target_decoder.safetensors").exists() == (kind == "bootstrap")
+    mu, _ = model.encode(torch.rand(2, *model.sample_shape))
+    assert mu.shape == (2, model.latent_dim)
+
+
+def test_import_of_an_intro_vae(here, capsys):
+    torch.save({"model": golden("conv_intro_vae")}, "published.pth")
+    assert main(["import", "published.pth", "ours", "--residual", "intro_vae"]) == 0
+    assert "IntroVAE model" in capsys.readouterr().out
+    assert json.loads(Path("ours/sivae.json").read_text())["model"]["residual"] == "intro_vae"
+
+
+def test_export(models, here, capsys):
+    assert main(["export", models["grey"], "copy"]) == 0
+    assert torch.equal(sivae.load("copy").sample(2), sivae.load(models["grey"]).sample(2))
+    assert "parameters" in capsys.readouterr().out
+
+
+CONFIG = """
+run: {directory: runs/x}
+data: {url: "digits:"}
+model: {family: conv, num_channels: 1, resolution: 16, channels: [8], latent_dim: 4}
+objective: {name: soft_intro_vae}
+schedule: {total_images: 1000, batch_size: 10}
+"""
+
+
+def test_doctor_without_a_config(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in out and "deepspeed" in out and "nothing stands in the way" in out
+
+
+def test_doctor_with_a_config_that_works(here, capsys):
+    Path("a.yaml").write_text(CONFIG)
+    np.save("a.npy", np.zeros((20, 16, 16), np.uint8))
+    pack("a.npy", "packed", resolution=16, progress=False)
+    assert main(["doctor", "a.yaml", "data.url=packed"]) == 0
+    out = capsys.readouterr().out
+    assert "a.yaml: valid" in out and "no checkpoint yet" in out and "20 images" in out and "BAD" not in out
+    assert not [path for path in here.rglob("*doctor*")]  # the probe is gone
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["a.yaml", "schedule.batch_sise=3"], "did you mean `batch_size`?"),
+        (["a.yaml", "data.url=nowhere"], "data.url: "),
+        (["a.yaml", "data.url=packed", "run.directory=a.yaml"], "run.directory: "),
+        (["a.yaml", "data.url=packed", "model.resolution=8"], "data.url: "),
+    ],
+)
+def test_doctor_says_what_is_wrong_and_exits_with_1(here, capsys, arguments, part):
+    Path("a.yaml").write_text(CONFIG)
+    np.save("a.npy", np.zeros((20, 16, 16), np.uint8))
+    pack("a.npy", "packed", resolution=16, progress=False)
+    code = main(["doctor", *arguments])
+    out = capsys.readouterr().out
+    assert any(line.startswith("BAD") and part in line for line in out.splitlines()), out
+    assert "1 things to mend" in out and "nothing stands in the way" not in out
+    assert code == 1
+
+
+# Bad input
+
+
+def failed(arguments, capsys):
+    """The one sentence that a command ends with."""
+    code = main(arguments)
+    captured = capsys.readouterr()
+    assert code == 1
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("sivae: error: "), captured.err
+    assert "Traceback" not in captured.err + captured.out
+    return lines[0].removeprefix("sivae: error: ")
+
+
+BAD = [
+    (["sample", "nowhere"], "nowhere: holds no model"),
+    (["sample", "GREY", "--count", "-1"], "--count: -1"),
+    (["sample", "GREY", "--count", "0"], "--count: 0"),
+    (["sample", "GREY", "--seed", "-1"], "--seed"),
+    (["sample", "GREY", "--label", "1"], "not conditional"),
+    (["sample", "CONDITIONAL", "--label", "10"], "--label: 10 is not in 0 .. 9"),
+    (["sample", "CONDITIONAL", "--label", "-1"], "--label: -1 is not in 0 .. 9"),
+    (["sample", "POINTS"], "not one of images"),
+    (["sample", "GREY", "--output", "text.txt/a.png"], "cannot write"),
+    (["reconstruct", "POINTS", "digits:"], "not one of images"),
+    (["reconstruct", "GREY", "nowhere.png"], "nowhere.png"),
+    (["reconstruct", "GREY", "broken.png"], "broken.png: cannot be read as an image"),
+    (["reconstruct", "GREY", "text.txt"], "text.txt"),
+    (["reconstruct", "GREY", "nowhere"], "nowhere"),
+    (["reconstruct", "GREY", "empty"], "no images"),
+    (["reconstruct", "GREY", "digits:", "--count", "-1"], "--count: -1"),
+    (["reconstruct", "GREY", "digits:", "--count", "0"], "--count: 0"),
+    (["reconstruct", "GREY", "digits:#1797"], "images 0 to 1796"),
+    (["reconstruct", "GREY", "digits:#x"], "#x"),
+    (["reconstruct", "GREY", "digits:#-1"], "#-1"),
+    (["reconstruct", "GREY", "digits:#²"], "#²"),
+    (["reconstruct", "GREY", "image.png#1"], "images 0 to 0"),
+    (["reconstruct", "CONDITIONAL", "image.png"], "labels"),
+    (["interpolate", "GREY", "digits:#0", "digits:#1797"], "images 0 to 1796"),
+    (["interpolate", "GREY", "digits:#0", "nowhere.png"], "nowhere.png"),
+    (["interpolate", "GREY", "digits:#0", "digits:#1", "--steps", "1"], "--steps: 1"),
+    (["import", "nowhere.pth", "ours"], "there is no such file"),
+    (["import", "text.txt", "ours"], "text.txt"),
+    (["export", "empty", "ours"], "holds no model"),
+    (["train", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+    (["train", "text.txt"], "text.txt"),
+]
+
+
+@pytest.mark.parametrize("arguments, part", BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_is_one_sentence(models, here, capsys, arguments, part):
+    (here / "empty").mkdir()
+    (here / "text.txt").write_text("- not a config\n")
+    save_image(here / "image.png")
+    (here / "broken.png").write_bytes((here / "image.png").read_bytes()[:200])
+    arguments = [models.get(argument.lower(), argument) if argument.isupper() else argument for argument in arguments]
+    assert part in failed(arguments, capsys)
+    assert not Path("ours").exists() and not list(here.glob("*ations.png")) and not Path("samples.png").exists()
+
+
+def test_debug_shows_the_traceback(models, here):
+    with pytest.raises(UserError, match="holds no model"):
+        main(["sample", "nowhere", "--debug"])
+
+
+def test_the_process_prints_a_traceback_for_debug_alone(here):
+    for arguments, expected in (([], False), (["--debug"], True)):
+        done = subprocess.run(
+            [sys.executable, "-m", "sivae", "export", "nowhere", "x", *arguments],
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert ("Traceback" in done.stderr) == expected and "holds no model" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"], ["sample"], ["sample", "x", "--count", "many"]])
+def test_wrong_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and "usage: sivae" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    for arguments, part in ((["--help"], "interpolate"), (["--version"], sivae.__version__), (["train", "-h"], "YAML")):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0 and part in capsys.readouterr().out
+
+
+def test_only_rank_0_prints_what_all_ranks_found(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["export", "nowhere", "x"]) == 1
+    assert capsys.readouterr().err.startswith("sivae: error (rank 1): nowhere")  # not known to be shared

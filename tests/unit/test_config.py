@@ -1,0 +1,260 @@
+"""Proves that every YAML in configs/ builds what it describes, that a wrong setting is refused with its full path and what
+would be right, that nothing is converted silently, and that what is written back is the same settings without secrets.
+
+    python -m pytest tests/unit/test_config.py
+"""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sivae import config, models, objectives
+from sivae.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
+
+BASE = """
+run: {directory: runs/test}
+data: {url: "digits:"}
+model: {family: conv, num_channels: 1, resolution: 16, channels: [8, 16], latent_dim: 4}
+objective: {name: soft_intro_vae}
+schedule: {total_images: 1000, batch_size: 32}
+"""
+
+
+@pytest.fixture
+def base(tmp_path):
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return str(path)
+
+
+def test_there_are_configs():
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_builds(path):
+    settings = config.load(str(path))
+    encoder, decoder = models.build(seed=settings.run.seed, **settings.model.model_dump())
+    assert sum(p.numel() for p in encoder.parameters()) and sum(p.numel() for p in decoder.parameters())
+    fields = settings.objective.model_dump(exclude={"vae_images", "target_refresh_images"})
+    objective = objectives.build(num_values=settings.model.num_values, **fields)
+    assert isinstance(objective, objectives.OBJECTIVES[settings.objective.name])
+    assert settings.accumulation(1) >= 1
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_every_objective_builds_from_its_settings(base, name):
+    settings = config.load(base, ["objective={}", f"objective.name={name}"])
+    fields = settings.objective.model_dump(exclude={"vae_images", "target_refresh_images"})
+    objective = objectives.build(num_values=settings.model.num_values, **fields)
+    assert type(objective) is objectives.OBJECTIVES[name]
+    if hasattr(objective, "scale"):
+        assert objective.scale == 1 / 256  # the paper's s: one over the 1 x 16 x 16 values
+
+
+WRONG = [
+    # overrides, what the message begins with, what else it says
+    (["schedule.batch_sise=3"], "schedule.batch_sise: ", "did you mean `batch_size`?"),
+    (["model.chanels=[8]"], "model.chanels: ", "did you mean `channels`?"),
+    (["encoder_optimizer.schedule.knd=cosine"], "encoder_optimizer.schedule.knd: ", "did you mean `kind`?"),
+    (["objective.margin=3"], "objective.margin: ", "known here: beta_kl, beta_neg"),
+    (["trackin.log_images=3"], "trackin: ", "did you mean `tracking`?"),
+    (["schedule.batch_size='64'"], "schedule.batch_size: ", "valid integer, not '64'"),
+    (["schedule.batch_size=64.0"], "schedule.batch_size: ", "valid integer, not 64.0"),
+    (["schedule.total_images=-5"], "schedule.total_images: ", "greater than 0, not -5"),
+    (["run.seed=true"], "run.seed: ", "valid integer, not True"),
+    (["encoder_optimizer.lr=fast"], "encoder_optimizer.lr: ", "valid number, not 'fast'"),
+    (["encoder_optimizer.lr='2e-4'"], "encoder_optimizer.lr: ", "valid number, not '2e-4'"),
+    (["decoder_optimizer.lr=.nan"], "decoder_optimizer.lr: ", "finite number, not nan"),
+    (["decoder_optimizer.lr=.inf"], "decoder_optimizer.lr: ", "finite number, not inf"),
+    (["run.seed=99999999999999999999"], "run.seed: ", "less than 9223372036854775808"),
+    (["encoder_optimizer.betas=[0.5]"], "encoder_optimizer.betas: ", "at least 2 items"),
+    (["encoder_optimizer.betas=[0.5, 1.0]"], "encoder_optimizer.betas: ", "[0, 1)"),
+    (["engine.zero_stage=4"], "engine.zero_stage: ", "0, 1, 2 or 3, not 4"),
+    (["model.norm=instance"], "model.norm: ", "'batch', 'group', 'layer', 'pixel' or 'none', not 'instance'"),
+    (["model.family=vit"], "model.family: ", "'mlp', 'conv'"),
+    (["objective.name=gan"], "objective.name: ", "'vae', 'intro_vae', 'soft_intro_vae', 'bootstrap'"),
+    (["model.channels=32"], "model.channels: ", "valid list, not 32"),
+    (["model.channels=[8, wide]"], "model.channels.1: ", "valid integer, not 'wide'"),
+    (["run=3"], "run: ", "dictionary"),
+    (["data.url=null"], "data.url: ", "valid string, not None"),
+    # combinations
+    (["model.channels=[8,8,8,8]"], "model.channels: ", "4 levels divide the resolution by 16", "2 or fewer levels"),
+    (["model.channels=[8,12]"], "model.group_size: ", "8 does not divide every width of channels [8, 12]"),
+    (["objective.reconstruction=bce"], "objective.reconstruction: ", "set model.output=sigmoid"),
+    (["engine.offload_optimizer=true"], "engine.offload_optimizer: ", "needs zero_stage 1, 2 or 3"),
+    (["objective={name: bootstrap, gamma_r: 0.0}"], "objective.gamma_r: ", "greater than 0"),
+    (["schedule.batch_size=2000"], "schedule.batch_size: ", "2000 is more than schedule.total_images=1000"),
+    (["encoder_optimizer.schedule.kind=milestones"], "encoder_optimizer.schedule.milestones_images: ", "at least one"),
+    (
+        ["decoder_optimizer.schedule.milestones_images=[5]"],
+        "decoder_optimizer.schedule.milestones_images: ", "set kind `milestones`",
+    ),
+    (
+        ["encoder_optimizer.schedule={kind: milestones, milestones_images: [5, 3]}"],
+        "encoder_optimizer.schedule.milestones_images: ", "[5, 3] must rise",
+    ),
+    (
+        ["decoder_optimizer.schedule={kind: cosine, warmup_images: 600, hold_images: 600}"],
+        "decoder_optimizer.schedule.hold_images: ", "1200 images, more than schedule.total_images=1000",
+    ),
+    # overrides that are none
+    (["schedule"], "schedule: ", "key.path=value"),
+    (["=3"], "=3: ", "key.path=value"),
+    (["run.seed=["], "run.seed=[: ", "cannot be applied"),
+    (["model.channels.0=8"], "model.channels.0=8: ", "cannot be applied"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: case[0][0])
+def test_a_wrong_setting_is_named_with_what_would_be_right(base, case):
+    overrides, start, *parts = case
+    with pytest.raises(ConfigError) as caught:
+        config.load(base, overrides)
+    message = str(caught.value)
+    assert message.startswith(start)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("shape, part", [([1, 16, 8], "square"), ([2], "is no image"), ([0], "below 1")])
+def test_the_shape_of_an_mlp_is_checked(tmp_path, shape, part):
+    tree = yaml.safe_load(BASE) | {"model": {"family": "mlp", "sample_shape": shape}}
+    with pytest.raises(ConfigError, match=r"^model\.sample_shape: .*" + part):
+        config.parse(tree)
+
+
+def test_all_that_is_wrong_is_told_at_once(base):
+    with pytest.raises(ConfigError) as caught:
+        config.load(base, ["run.seed=-1", "model.latent_dim=0"])
+    assert "run.seed: " in str(caught.value) and "model.latent_dim: " in str(caught.value)
+
+
+def test_a_missing_section_is_named(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text("run: {directory: x}\n")
+    with pytest.raises(ConfigError, match="schedule: is missing; give it in the YAML file or as schedule=value"):
+        config.load(str(path))
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (None, "cannot be read (No such file or directory)"),
+        (b"", "holds no settings"),
+        (b"- 1\n- 2\n", "holds no settings"),
+        (b"run: [", "is not valid YAML"),
+        (b"run: 1\nrun: 2\n", "duplicate key"),
+        (b"run: *nowhere\n", "undefined alias"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"run: {directory: '${nowhere}'}\n", "nowhere"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path, content, part):
+    path = tmp_path / "bad.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        config.load(str(path))
+    assert str(caught.value).startswith(str(path)) and part in str(caught.value)
+
+
+def test_a_folder_and_an_unknown_protocol_are_refused(tmp_path):
+    for path in (str(tmp_path), "nowhere://x.yaml"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            config.load(path)
+
+
+def test_an_object_store_that_does_not_answer_is_refused(monkeypatch):
+    pytest.importorskip("s3fs")
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_MAX_ATTEMPTS": "1",
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",  # discard: nothing listens
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="^s3://bucket/x.yaml: cannot be read"):
+        config.load("s3://bucket/x.yaml")
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path):
+    """YAML 1.1 reads 2e-4 as a string; here it is a number, in the file and in an override."""
+    path = tmp_path / "numbers.yaml"
+    path.write_text(BASE + "encoder_optimizer: {lr: 3e-4}\n")
+    settings = config.load(str(path), ["decoder_optimizer.lr=2e-4", "objective.beta_neg=512"])
+    assert settings.encoder_optimizer.lr == 3e-4 and settings.decoder_optimizer.lr == 2e-4
+    assert settings.objective.beta_neg == 512.0
+
+
+def test_anchors_and_merge_keys_work(tmp_path):
+    path = tmp_path / "anchors.yaml"
+    path.write_text(
+        BASE + "encoder_optimizer: &adam {lr: 5e-4, betas: [0.5, 0.9]}\ndecoder_optimizer: {<<: *adam, lr: 1e-4}\n"
+    )
+    settings = config.load(str(path))
+    assert settings.encoder_optimizer.lr == 5e-4 and settings.decoder_optimizer.lr == 1e-4
+    assert settings.decoder_optimizer.betas == [0.5, 0.9]
+
+
+def test_overrides_are_applied_in_order_and_leave_the_rest(base):
+    settings = config.load(base, ["schedule.batch_size=8", "model.channels=[16,8]", "schedule.batch_size=4"])
+    assert settings.schedule.batch_size == 4 and settings.model.channels == [16, 8]
+    assert settings.schedule.total_images == 1000 and settings.model.resolution == 16
+
+
+def test_settings_cannot_change_after_validation(base):
+    settings = config.load(base)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.run.seed = 3
+
+
+def test_passes_per_step(base):
+    settings = config.load(base, ["engine.micro_batch_size=4"])
+    assert [settings.accumulation(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    assert config.load(base).accumulation(8) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides, ranks, message",
+    [
+        ([], 3, "schedule.batch_size: 32 images do not divide over 3 ranks; 30 or 33 would"),
+        ([], 64, "schedule.batch_size: 32 images do not divide over 64 ranks; 64"),
+        (["engine.micro_batch_size=5"], 2, "engine.micro_batch_size: 5 does not divide the 16 images of a rank"),
+        (["engine.micro_batch_size=64"], 1, "engine.micro_batch_size: 64 does not divide the 32 images of a rank"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(base, overrides, ranks, message):
+    with pytest.raises(ConfigError) as caught:
+        config.load(base, overrides).accumulation(ranks)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_what_is_written_reads_back_the_same(path, tmp_path):
+    settings = config.load(
+        str(path), ["decoder_optimizer.schedule={kind: milestones, milestones_images: [10, 20]}", "run.init_from=x"]
+    )
+    assert config.parse(config.dump(settings)) == settings
+    again = tmp_path / "again.yaml"
+    again.write_text(config.dump_yaml(settings))
+    assert config.load(str(again)) == settings
+
+
+def test_secrets_are_never_written(base):
+    settings = config.load(
+        base, ["run.storage_options={key: PUBLIC, secret: HUSH}", "data.storage_options.client_kwargs.token=HUSH"]
+    )
+    assert settings.run.storage_options == {"key": "PUBLIC", "secret": "HUSH"}
+    assert settings.data.storage_options == {"client_kwargs": {"token": "HUSH"}}
+    for text in (config.dump_yaml(settings), str(config.dump(settings))):
+        assert "HUSH" not in text and "PUBLIC" not in text and "storage_options" not in text
+
+
+def test_model_settings_alone():
+    settings = config.parse_model({"family": "conv", "channels": [8], "resolution": 28})
+    assert config.parse_model(settings.model_dump()) == settings
+    with pytest.raises(ConfigError, match=r"model\..*latent"):
+        config.parse_model({"family": "conv", "latent": 3})

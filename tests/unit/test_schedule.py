@@ -1,0 +1,96 @@
+"""Proves the learning-rate factors at their boundaries, the half-life of the running average, and that every due date is met
+exactly once.
+
+    python -m pytest tests/unit/test_schedule.py
+"""
+
+import math
+
+import pytest
+
+from sivae.schedule import due, ema_decay, lr_factor
+
+
+def test_constant():
+    assert [lr_factor(n, 100, kind="constant") for n in (1, 50, 100, 1000)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["constant", "milestones", "cosine"])
+def test_warm_up_rises_linearly_from_the_first_step(kind):
+    factor = lambda n: lr_factor(n, 1000, kind=kind, warmup_images=100, milestones_images=[500])  # noqa: E731
+    assert [factor(n) for n in (1, 25, 50, 99)] == [0.01, 0.25, 0.5, 0.99]
+    assert factor(100) == 1.0
+    assert factor(1) > 0  # the first step learns something
+
+
+def test_milestones_fall_in_the_step_after_them():
+    factor = lambda n: lr_factor(n, 1000, kind="milestones", milestones_images=[300, 600], gamma=0.1)  # noqa: E731
+    # The step that ends at 300 still belongs to the images before the milestone.
+    assert [factor(n) for n in (1, 300, 301, 600)] == [1, 1, 0.1, 0.1]
+    assert factor(601) == factor(1000) == pytest.approx(0.01)
+
+
+def test_cosine():
+    factor = lambda n: lr_factor(  # noqa: E731
+        n, 1000, kind="cosine", warmup_images=100, hold_images=100, final_fraction=0.2
+    )
+    assert factor(100) == factor(150) == factor(200) == 1.0
+    assert factor(201) < 1.0
+    assert factor(600) == pytest.approx(0.6)  # half way between 1 and 0.2
+    assert factor(400) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert factor(1000) == pytest.approx(0.2) and factor(5000) == pytest.approx(0.2)
+    values = [factor(n) for n in range(200, 1001)]
+    assert all(a >= b for a, b in zip(values, values[1:]))
+
+
+def test_cosine_falls_to_zero_by_default_and_survives_a_hold_of_the_whole_run():
+    assert lr_factor(1000, 1000, kind="cosine") == pytest.approx(0, abs=1e-12)
+    assert lr_factor(1000, 1000, kind="cosine", hold_images=1000) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["constant", "milestones", "cosine"])
+def test_a_factor_lies_in_zero_to_one(kind):
+    for n in range(1, 1200, 7):
+        factor = lr_factor(n, 1000, kind=kind, warmup_images=150, milestones_images=[200, 800], hold_images=90)
+        assert 0 <= factor <= 1
+
+
+@pytest.mark.parametrize("halflife, batch", [(3000, 16), (1000, 64), (500, 500), (10_000, 32)])
+def test_a_weight_has_halved_after_the_half_life(halflife, batch):
+    """The shares of all steps of `halflife` images multiply to one half, in whatever batches."""
+    product, images = 1.0, 0
+    while images < halflife:
+        step = min(batch, halflife - images)
+        images += step
+        product *= ema_decay(images, step, halflife, rampup_ratio=None)
+    assert product == pytest.approx(0.5, rel=1e-9)  # a product of at most 313 rounded factors
+
+
+def test_ramp_up_shortens_the_half_life_early_on():
+    # At 1,000 images with a ratio of 0.1 the half-life is 100: a step of 100 halves.
+    assert ema_decay(1000, 100, 10_000, 0.1) == pytest.approx(0.5)
+    assert ema_decay(100, 100, 10_000, 0.1) == pytest.approx(0.5**10)
+    # From 100,000 images on it is the half-life asked for.
+    assert ema_decay(100_000, 100, 10_000, 0.1) == ema_decay(500_000, 100, 10_000, 0.1) == 0.5 ** (1 / 100)
+
+
+def test_no_half_life_is_no_average():
+    assert ema_decay(1000, 32, 0, None) == ema_decay(1000, 32, 0, 0.05) == 0.0
+
+
+def test_due_at_every_multiple_once():
+    for batch in (1, 7, 32, 100):
+        ends = range(batch, 3000, batch)
+        hits = [end for end in ends if due(end, batch, 100)]
+        # The first step that reaches each multiple.
+        expected = [next(end for end in ends if end >= multiple) for multiple in range(100, ends[-1] + 1, 100)]
+        assert hits == sorted(set(expected))
+
+
+def test_due_when_a_step_is_longer_than_the_interval():
+    assert all(due(end, 250, 100) for end in range(250, 2000, 250))
+
+
+def test_due_at_the_boundary():
+    assert due(100, 10, 100) and not due(90, 10, 100) and not due(110, 10, 100)
+    assert not due(99, 99, 100) and due(101, 2, 100)
