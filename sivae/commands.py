@@ -21,9 +21,9 @@ from sivae.storage import Folder
 def train(options: argparse.Namespace) -> int:
     from sivae import trainer
 
-    result = trainer.train(config.load(options.config, options.overrides))
+    settings = config.load(options.config, options.overrides)
+    result = trainer.train(settings)
     if int(os.environ.get("RANK", 0)) == 0:
-        settings = config.load(options.config, options.overrides)
         print(
             f"{result.images_seen:,} images seen; checkpoint {settings.run.directory}/checkpoints/{result.checkpoint}"
         )
