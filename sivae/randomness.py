@@ -19,7 +19,7 @@ def normal(seed: int, purpose: int, numbers: range, dim: int) -> Tensor:
     """Standard normals [len(numbers), dim] float32 for these image numbers; independent between purposes and seeds."""
     # An image takes whole blocks, so that every image number has a counter of its own.
     blocks = -(-2 * dim // _WORDS)
-    runs = [numbers] if numbers.step == 1 else [range(number, number + 1) for number in numbers]
+    runs = [numbers] if numbers.step == 1 or not numbers else [range(number, number + 1) for number in numbers]
     words = np.concatenate([_words(seed, purpose, run.start * blocks, len(run) * blocks) for run in runs])
     words = words.reshape(len(numbers), blocks * _WORDS)
     uniform = ((words[:, : 2 * dim] >> np.uint64(11)) + 0.5) * 2.0**-53
