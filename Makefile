@@ -25,7 +25,7 @@ lint: .venv/ready
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel ninja packaging
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt deepspeed
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
 clean:

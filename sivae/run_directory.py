@@ -75,6 +75,7 @@ def environment(world_size: int) -> dict[str, Any]:
         "sivae": __version__,
         "python": platform.python_version(),
         "packages": {name: installed_version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain")),
         "machine": platform.machine(),
