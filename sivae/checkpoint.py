@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 from sivae.errors import UserError
 from sivae.storage import Folder
 
+logger = logging.getLogger("sivae")
 FORMAT = 1
 _NAME = re.compile(r"\d{12}(\.\d+)?")
 
@@ -68,13 +70,13 @@ def save(run: Folder, state: dict[str, Any], tensors: dict[str, dict[str, Tensor
     published = list_names(run)
     # Leftovers of killed saves are older than what was just published, so nobody is writing them.
     for other in run.names("checkpoints"):
-        if (
-            _NAME.fullmatch(other)
-            and other != name
-            and (other not in published[-keep:])
-            and _order(other) < _order(name)
-        ):
-            run.remove("checkpoints", other)
+        if _NAME.fullmatch(other) and other not in published[-keep:] and _order(other) < _order(name):
+            try:
+                # The manifest first: a checkpoint half deleted does not count.
+                run.remove("checkpoints", other, "manifest.json")
+                run.remove("checkpoints", other)
+            except UserError as error:
+                logger.warning("an old checkpoint stays: %s", error)
     return name
 
 
@@ -105,19 +107,28 @@ def read(run: Folder, name: str, files: tuple[str, ...] | None = None) -> Checkp
     return Checkpoint(name, state, tensors)
 
 
-def read_newest(run: Folder, report: Callable[[str], None], files: tuple[str, ...] | None = None) -> Checkpoint | None:
+def read_newest(
+    run: Folder, report: Callable[[str], None], files: tuple[str, ...] | None = None, set_aside: bool = False
+) -> Checkpoint | None:
     """The newest whole checkpoint; a damaged one is reported and the one before it taken. None when there is none.
 
+    `set_aside`: damaged ones newer than it no longer count afterwards, so that they take no place among those that are kept.
     Raises UserError when there are checkpoints and all are damaged.
     """
-    names = list_names(run)
+    names, damaged = list_names(run), []
     for name in reversed(names):
         try:
-            return read(run, name, files)
+            found = read(run, name, files)
         except UserError as error:
             if not isinstance(error, Damaged) and run.exists("checkpoints", name, "state.json"):
                 raise
             report(f"{error}; trying the checkpoint before it")
+            damaged.append(name)
+            continue
+        for bad in damaged if set_aside else ():
+            run.write(run.read("checkpoints", bad, "manifest.json"), "checkpoints", bad, "manifest.damaged.json")
+            run.remove("checkpoints", bad, "manifest.json")
+        return found
     if names:
         raise UserError(
             f"{run.url}: every checkpoint is damaged ({', '.join(names)}); restore one, or start in another run.directory"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 
 from sivae import __version__
 from sivae.errors import UserError
@@ -110,6 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     if options.debug:
         os.environ["SIVAE_DEBUG"] = "1"
+    else:
+        # The libraries' threads (TensorBoard's writer) hand their errors to the caller, who says it in one sentence.
+        threading.excepthook = lambda failure: None
     from sivae.config import ConfigError
 
     try:
@@ -123,6 +127,14 @@ def main(arguments: list[str] | None = None) -> int:
         if rank == 0 or not getattr(error, "shared", False):
             where = f" (rank {rank})" if rank else ""
             print(f"sivae: error{where}: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except MemoryError as error:
+        if options.debug:
+            raise
+        print(
+            f"sivae: error: out of memory ({error}); lower engine.micro_batch_size, or raise engine.zero_stage",
+            file=sys.stderr,
+        )
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("sivae: stopped", file=sys.stderr)

@@ -22,7 +22,10 @@ def train(options: argparse.Namespace) -> int:
     from sivae import trainer
 
     settings = config.load(options.config, options.overrides)
-    result = trainer.train(settings)
+    try:
+        result = trainer.train(settings)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error).split(".")[0]) from error
     if int(os.environ.get("RANK", 0)) == 0:
         print(
             f"{result.images_seen:,} images seen; checkpoint {settings.run.directory}/checkpoints/{result.checkpoint}"

@@ -9,6 +9,7 @@ and what would be right. Batch sizes are global; intervals and progress are coun
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union, get_args
 
@@ -18,9 +19,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+TAGS = ("family", "name")  # the settings that say which section of several stands there
+
 
 class ConfigError(ValueError):
-    """A setting is wrong. The message names its full path and what would be right."""
+    """A setting is wrong. The message names its full path and what would be right. Every rank raises the same."""
+
+    shared = True
 
 
 class Section(BaseModel):
@@ -407,8 +412,12 @@ def parse_model(tree: dict[str, Any]) -> MlpModel | ConvModel:
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """The resolved settings as a plain tree, without what may hold secrets (`storage_options`)."""
-    return config.model_dump(mode="json", exclude={"run": {"storage_options"}, "data": {"storage_options"}})
+    """The resolved settings as a plain tree, without what may hold secrets: `storage_options`, and passwords inside URLs."""
+    tree = config.model_dump(mode="json", exclude={"run": {"storage_options"}, "data": {"storage_options"}})
+    for section, key in (("run", "directory"), ("run", "init_from"), ("data", "url")):
+        if tree[section][key]:
+            tree[section][key] = re.sub(r"//[^/@\s]+@", "//...@", tree[section][key])
+    return tree
 
 
 def dump_yaml(config: Config) -> str:
@@ -421,9 +430,13 @@ def _sentence(item: dict[str, Any]) -> str:
     where, kind = ".".join(path), item["type"]
     if kind == "extra_forbidden":
         known = sorted(section.model_fields) if section else []
-        close = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
-        return f"{where}: unknown setting; {hint}"
+        close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.8)
+        kind_of = next(
+            (f" of `{section.model_fields[tag].default}`" for tag in TAGS if section and tag in section.model_fields),
+            "",
+        )
+        hint = f"did you mean `{close[0]}`?" if close else f"remove it; known here: {', '.join(known)}"
+        return f"{where}: unknown setting{kind_of}; {hint}"
     if kind == "missing":
         return f"{where}: is missing; give it in the YAML file or as {where}=value"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -434,7 +447,7 @@ def _sentence(item: dict[str, Any]) -> str:
         # Our own checks start with the key they speak of, relative to the section they stand in.
         return f"{where}.{item['ctx']['error']}" if where else str(item["ctx"]["error"])
     message = item["msg"][0].lower() + item["msg"][1:]
-    return f"{where}: {message}, not {item['input']!r}"
+    return f"{where}: {message}" + ("" if "storage_options" in path else f", not {item['input']!r}")
 
 
 def _walk(location: tuple[Any, ...]) -> tuple[type[Section] | None, list[str]]:
@@ -451,7 +464,7 @@ def _walk(location: tuple[Any, ...]) -> tuple[type[Section] | None, list[str]]:
             str(field.default): member
             for member in members
             for name, field in member.model_fields.items()
-            if name in ("family", "name")
+            if name in TAGS
         }
         if part in by_tag:
             section = by_tag[part]

@@ -36,13 +36,19 @@ class Group:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """True on every rank when true on one. Host only: no device synchronisation."""
+    def agree(self, stop: bool, failure: UserError | None = None) -> bool:
+        """Whether any rank wants to stop. A failure of one rank is raised on all. Host only: no device synchronisation."""
         if self.world_size == 1:
-            return flag
-        value = torch.tensor(int(flag))
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(value)
+            if failure is not None:
+                raise failure
+            return stop
+        code = torch.tensor(2 if failure is not None else int(stop))
+        dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self.control)
+        if code == 2:
+            sentences: list[str | None] = [None] * self.world_size
+            dist.all_gather_object(sentences, failure and str(failure), group=self.control)
+            raise UserError(next(sentence for sentence in sentences if sentence), shared=True)
+        return bool(code)
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's picklable object, on every rank (the group's own processes trust each other)."""
@@ -135,8 +141,8 @@ def pick_device(choice: str) -> torch.device:
 def join(device_choice: str = "auto", timeout_sec: float = 1800.0) -> Iterator[Group]:
     """Join the process group that the launcher describes, or make a group of one.
 
-    A group of several is left in the end. A group of one stays until the process ends, because DeepSpeed holds on to the
-    first one it meets: so a notebook can train twice.
+    A group of several is left in the end, but not after an error: leaving may wait for ranks that no longer come. A group of
+    one stays until the process ends, because DeepSpeed holds on to the first one it meets: so a notebook can train twice.
     """
     device = pick_device(device_choice)
     if device.type == "cuda":
@@ -152,12 +158,10 @@ def join(device_choice: str = "auto", timeout_sec: float = 1800.0) -> Iterator[G
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
             atexit.register(leave)
     control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
-    try:
-        yield Group(dist.get_rank(), dist.get_world_size(), device, control)
-        if control is not None:
-            dist.barrier(group=control)  # a rank that leaves early breaks the others' last collective
-    finally:
-        if ours and control is not None:
+    yield Group(dist.get_rank(), dist.get_world_size(), device, control)
+    if control is not None:
+        dist.barrier(group=control)  # a rank that leaves early breaks the others' last collective
+        if ours:
             leave()
 
 

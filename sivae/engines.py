@@ -45,7 +45,8 @@ class Engine:
     """A network with its optimizer under DeepSpeed, and the running average of its weights.
 
     `found_inf` is a device flag shared by both engines: once it is 1, optimizer steps change nothing. A non-finite loss
-    thereby spoils no weight before the host, which looks only between log steps, has seen it.
+    thereby spoils no weight before the host, which looks only between log steps, has seen it. With offloaded optimizers,
+    whose Adam does not know the flag, DeepSpeed itself leaves out a step with a non-finite gradient.
     """
 
     def __init__(
@@ -103,19 +104,19 @@ class Engine:
         last = self.engine.is_gradient_accumulation_boundary()
         for parameters in self._adam().param_groups:
             parameters["lr"] = lr
-        if last and self.zero_stage == 0:
-            self.grad_norm = torch.nn.utils.get_total_norm(
-                [p.grad for p in self.network.parameters() if p.grad is not None]
-            )
-        if last and self.offload and bool(self.found_inf):
-            # DeepSpeed's CPU Adam knows no found_inf; its gradients are on the host anyway, so looking costs nothing more.
-            self.engine.optimizer.zero_grad()
-            self.engine.micro_steps += 1
-            return
         self.engine.step()
         if last and self.zero_stage:
             norm = self.engine.get_global_grad_norm()
             self.grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.group.device)
+
+    def gradient_norm(self) -> Tensor | None:
+        """Norm of the whole gradient before the step, where it is whole: at stage 0. Under ZeRO `step` leaves it in `grad_norm`."""
+        if self.zero_stage:
+            return None
+        self.grad_norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.network.parameters() if p.grad is not None]
+        )
+        return self.grad_norm
 
     # The running average
 
@@ -131,23 +132,17 @@ class Engine:
 
     # State as whole tensors; every method below is a collective under ZeRO 1 to 3: all ranks call it
 
-    def state_dict(self) -> dict[str, Tensor]:
+    # With `main_only` the tensors are copied to the CPU of rank 0 alone, and the others get an empty dict.
+
+    def state_dict(self, main_only: bool = False) -> dict[str, Tensor]:
         """Weights and buffers by name, on the CPU. Floating buffers are averaged over the ranks, in place too."""
-        for buffer in self.network.buffers():
-            if buffer.is_floating_point():
-                self.group.mean(buffer)
-        buffers = {name: buffer.detach().cpu().clone() for name, buffer in self.network.named_buffers()}
-        return self._gather(self._live()) | buffers
+        return self._gather(self._live(), main_only) | self._buffers(dict(self.network.named_buffers()), main_only)
 
-    def average_state_dict(self) -> dict[str, Tensor]:
+    def average_state_dict(self, main_only: bool = False) -> dict[str, Tensor]:
         """The running average of weights and buffers by name, on the CPU."""
-        for buffer in self.average_buffers.values():
-            if buffer.is_floating_point():
-                self.group.mean(buffer)
-        buffers = {name: buffer.cpu().clone() for name, buffer in self.average_buffers.items()}
-        return self._gather(self.average) | buffers
+        return self._gather(self.average, main_only) | self._buffers(self.average_buffers, main_only)
 
-    def optimizer_state_dict(self) -> dict[str, Tensor]:
+    def optimizer_state_dict(self, main_only: bool = False) -> dict[str, Tensor]:
         """`MOMENT.PARAMETER` -> float32 tensor on the CPU, and `step`."""
         adam, state = self._adam(), {}
         with self._thawed() as ds:
@@ -158,7 +153,7 @@ class Engine:
                     tensors = [ds.safe_get_local_optimizer_state(p, moment) for p in self.network.parameters()]
                 else:
                     tensors = [ds.safe_get_full_optimizer_state(p, moment) for p in self.network.parameters()]
-                state |= {f"{moment}.{name}": tensor for name, tensor in self._gather(tensors).items()}
+                state |= {f"{moment}.{name}": tensor for name, tensor in self._gather(tensors, main_only).items()}
         steps = [values["step"] for values in adam.state.values()]
         return state | {"step": torch.as_tensor(steps[0], dtype=torch.float32).cpu().reshape(())}
 
@@ -246,7 +241,15 @@ class Engine:
         """What this rank holds of each parameter: all of it, or its flat shard under ZeRO 3."""
         return [p.ds_tensor.data if self.zero_stage == 3 else p.data for p in self.network.parameters()]
 
-    def _gather(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+    def _buffers(self, buffers: dict[str, Tensor], main_only: bool) -> dict[str, Tensor]:
+        """CPU copies of buffers, the floating ones averaged over the ranks first."""
+        for buffer in buffers.values():
+            if buffer.is_floating_point():
+                self.group.mean(buffer)
+        wanted = self.group.is_main or not main_only
+        return {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items() if wanted}
+
+    def _gather(self, tensors: list[Tensor], main_only: bool) -> dict[str, Tensor]:
         """Whole CPU copies by parameter name of what `_live` would list."""
         whole = {}
         for (name, shape), tensor in zip(self.shapes.items(), tensors):
@@ -255,7 +258,8 @@ class Engine:
                 flat = tensor.new_empty(tensor.numel() * self.group.world_size)
                 dist.all_gather_into_tensor(flat, tensor.contiguous())
                 tensor = flat[: torch.Size(shape).numel()].view(shape)
-            whole[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+            if self.group.is_main or not main_only:
+                whole[name] = tensor.detach().to("cpu", torch.float32, copy=True)
         return whole
 
     def _shard(self, value: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -183,6 +183,14 @@ def _model_settings(tree: dict[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: holds model settings that this version does not know ({error})") from None
 
 
+def read_target(path: str, storage_options: dict[str, Any] | None = None) -> dict[str, Tensor]:
+    """The target decoder of an imported bootstrap model; empty when there is none."""
+    from safetensors.torch import load as load_tensors
+
+    folder = Folder(path, storage_options)
+    return load_tensors(folder.read(TARGET_FILE)) if folder.exists(TARGET_FILE) else {}
+
+
 def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = None) -> None:
     """Write weights, settings and a model card into a folder (path or URL), the settings last: without them it is no model."""
     from safetensors.torch import save as save_tensors

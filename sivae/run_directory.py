@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
+import os
 import platform
 import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
 
 from sivae import __version__, checkpoint, config
-from sivae.errors import UserError
+from sivae.errors import UserError, shown
 from sivae.storage import Folder
 
+logger = logging.getLogger("sivae")
 PACKAGES = (
     "torch",
     "deepspeed",
@@ -36,7 +40,7 @@ def prepare(folder: Folder, settings: config.Config, world_size: int) -> None:
     """Refuse a directory that holds another model, then write config.yaml and environment.json into it.
 
     Doing so before anything is built also proves that the directory can be written. The settings of an earlier start stay
-    as config-BEFORE.yaml where they differ.
+    where they differ, as config-YYYYMMDD-HHMMSS.yaml.
     """
     text = config.dump_yaml(settings)
     if folder.exists("config.yaml"):
@@ -81,7 +85,7 @@ def environment(world_size: int) -> dict[str, Any]:
         "machine": platform.machine(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "ranks": world_size,
-        "command": sys.argv,
+        "command": [_without_secret(argument) for argument in sys.argv],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -91,6 +95,35 @@ def installed_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def lock(folder: Folder) -> IO | None:
+    """Hold a local run directory until the process ends, also by SIGKILL. Raises UserError when another run holds it.
+
+    Two runs in one directory would mix their checkpoints. An object store has no locks; None there.
+    """
+    if not folder.is_local:
+        return None
+    try:
+        os.makedirs(folder.path, exist_ok=True)
+        file = open(os.path.join(folder.path, ".lock"), "w")
+    except OSError as error:
+        raise UserError(f"{folder.url}: cannot be written ({error.strerror}); set another run.directory") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{folder.url}: another run works in this directory; wait for it, or set another run.directory"
+        ) from None
+    except OSError as error:  # some network filesystems have no locks
+        logger.debug("%s cannot be locked: %s", folder.url, error)
+    return file
+
+
+def _without_secret(argument: str) -> str:
+    """A command-line argument as it may be kept."""
+    key, equals, _ = argument.partition("=")
+    return f"{key}=..." if equals and "storage_options" in key else shown(argument)
 
 
 def _git(*arguments: str) -> str | None:

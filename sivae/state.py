@@ -18,7 +18,7 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 class TrainingState:
-    """All methods but `refresh_target` are collectives: every rank calls them."""
+    """All methods are collectives: every rank calls them."""
 
     def __init__(self, settings: Config, group: Group, accumulation: int):
         self.group = group
@@ -43,19 +43,21 @@ class TrainingState:
         )
 
     def tensors(self) -> Tensors:
-        """Whole CPU tensors by file and name, as a checkpoint keeps them."""
+        """Whole CPU tensors by file and name, as a checkpoint keeps them; for rank 0 alone."""
         tensors = {
-            "weights": _joined(self.encoder.state_dict(), self.decoder.state_dict()),
+            "weights": _joined(self.encoder.state_dict(main_only=True), self.decoder.state_dict(main_only=True)),
             "average": self.average(),
-            "optimizer": _joined(self.encoder.optimizer_state_dict(), self.decoder.optimizer_state_dict()),
+            "optimizer": _joined(
+                self.encoder.optimizer_state_dict(main_only=True), self.decoder.optimizer_state_dict(main_only=True)
+            ),
         }
         if self.target is not None:
             tensors["target"] = {name: value.cpu() for name, value in self.target.state_dict().items()}
         return tensors
 
     def average(self) -> dict[str, Tensor]:
-        """The running average of both networks: what samples are made with."""
-        return _joined(self.encoder.average_state_dict(), self.decoder.average_state_dict())
+        """The running average of both networks, which samples are made with; for rank 0 alone."""
+        return _joined(self.encoder.average_state_dict(main_only=True), self.decoder.average_state_dict(main_only=True))
 
     def restore(self, tensors: Tensors) -> None:
         for engine, prefix in ((self.encoder, "encoder"), (self.decoder, "decoder")):
@@ -78,13 +80,17 @@ class TrainingState:
                     key for key in sorted({*ours, *model.settings}) if ours.get(key) != model.settings.get(key)
                 ]
                 raise UserError(f"run.init_from: {path} is another model; model.{', model.'.join(different)} differ")
-            return _joined(model.encoder.state_dict(), model.decoder.state_dict())
+            target = inference.read_target(path, settings.run.storage_options) if self.target is not None else {}
+            return _joined(model.encoder.state_dict(), model.decoder.state_dict()) | {
+                f"target.{name}": value for name, value in target.items()
+            }
 
         tensors = self.group.broadcast_from_main(read)
         for engine, prefix in ((self.encoder, "encoder"), (self.decoder, "decoder")):
             engine.load_state_dict(_part(tensors, prefix))
             engine.load_average_state_dict(_part(tensors, prefix))
-        self.refresh_target()
+        if self.target is not None:
+            self.target.load_state_dict(_part(tensors, "target") or _part(tensors, "decoder"))
 
     def refresh_target(self) -> None:
         """Copy the decoder into the target decoder, where there is one."""

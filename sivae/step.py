@@ -60,8 +60,10 @@ class FiniteGate:
         if not self.found_inf.item():
             return None
         names = [name for name, flag in self._terms.items() if flag.item()]
-        # A term spoils the loss it stands in; the loss is named only when no term explains it.
-        return NonFinite([name for name in names if not name.startswith("loss_")] or names, int(self._images.item()))
+        # A term spoils its loss, and a loss its gradient: named is what nothing else explains.
+        for spoilt in ("grad_norm_", "loss_"):
+            names = [name for name in names if not name.startswith(spoilt)] or names
+        return NonFinite(names, int(self._images.item()))
 
     def clear(self) -> None:
         self.found_inf.zero_()
@@ -100,9 +102,7 @@ def train_step(
         )
         note(phase.terms)
         latents.append(phase.z)
-        if index == len(passes) - 1:
-            gate.agree(images_seen)
-        encoder.step(lr_encoder)
+        _step(encoder, lr_encoder, gate, "grad_norm_encoder", images_seen, last=index == len(passes) - 1)
 
     freeze(trained=decoder.network, frozen=encoder.network)
     for index, (item, z) in enumerate(zip(passes, latents)):
@@ -112,10 +112,23 @@ def train_step(
             )
         )
         note(phase.terms)
-        if index == len(passes) - 1:
-            gate.agree(images_seen)
-        decoder.step(lr_decoder)
+        _step(decoder, lr_decoder, gate, "grad_norm_decoder", images_seen, last=index == len(passes) - 1)
 
     encoder.update_average(ema_decay)
     decoder.update_average(ema_decay)
-    return {name: total / len(passes) for name, total in sums.items()}
+    norms = {"grad_norm_encoder": encoder.grad_norm, "grad_norm_decoder": decoder.grad_norm}
+    return {name: total / len(passes) for name, total in sums.items()} | norms
+
+
+def _step(engine: Engine, lr: float, gate: FiniteGate, name: str, images_seen: int, last: bool) -> None:
+    """Step behind the gate. A loss can be finite and its gradient not: at stage 0 the gate looks at the norm before the step;
+    under ZeRO DeepSpeed leaves such a step out by itself, and the gate closes after it."""
+    if last:
+        norm = engine.gradient_norm()
+        if norm is not None:
+            gate.watch({name: norm})
+        gate.agree(images_seen)
+    engine.step(lr)
+    if last and norm is None:
+        gate.watch({name: engine.grad_norm})
+        gate.agree(images_seen)

@@ -9,19 +9,19 @@ from typing import Any
 
 import fsspec
 
-from sivae.errors import UserError
+from sivae.errors import UserError, shown
 
 
 class Folder:
     """A folder at a path or URL. Failures of the storage become one clear sentence."""
 
     def __init__(self, url: str, storage_options: dict[str, Any] | None = None):
-        self.url = str(url).rstrip("/")
+        self.url = str(url).rstrip("/") or "/"
         try:
             self.fs, self.path = fsspec.core.url_to_fs(self.url, **(storage_options or {}))
         except (ValueError, ImportError, OSError) as error:
             raise UserError(
-                f"{self.url}: cannot be opened ({error}); the extras sivae[s3] and sivae[gcs] hold the drivers of object stores"
+                f"{shown(self.url)}: cannot be opened ({shown(error)}); the extras sivae[s3] and sivae[gcs] hold the drivers of object stores"
             ) from None
         self.is_local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
         self._options = storage_options
@@ -87,11 +87,13 @@ class Folder:
         try:
             return work()
         except Exception as error:  # noqa: BLE001 (drivers raise their own kinds; all become a sentence)
-            where = posixpath.join(self.url, *names)
+            where = shown(posixpath.join(self.url, *names))
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise UserError(
                     f"{where}: cannot {verb}, the disk is full ({os.strerror(error.errno)}); free space and run the same command again"
                 ) from error
+            if isinstance(error, FileNotFoundError):
+                raise UserError(f"{where}: cannot {verb}, there is no such file or folder") from error
             raise UserError(
-                f"{where}: cannot {verb} ({type(error).__name__}: {' '.join(str(error).split())})"
+                f"{where}: cannot {verb} ({type(error).__name__}: {shown(' '.join(str(error).split()))})"
             ) from error

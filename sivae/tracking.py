@@ -1,19 +1,23 @@
-"""What a run tells: progress bar, metrics.jsonl, TensorBoard, pictures. Rank 0 only; the other ranks hold a silent one."""
+"""What a run tells: progress bar, metrics.jsonl, TensorBoard, pictures. Rank 0 only; the other ranks hold one that is never opened."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from sivae.errors import UserError, shown
 from sivae.images import png_bytes
 from sivae.storage import Folder
 
@@ -21,34 +25,35 @@ logger = logging.getLogger("sivae")
 
 
 class Tracker:
-    """`images_seen` is the position that the run starts or resumes from; later lines of an interrupted run are dropped."""
+    """Silent until `open`, which rank 0 alone calls."""
 
-    def __init__(
-        self, run: Folder, *, active: bool, total_images: int, images_seen: int, tensorboard: bool, progress: bool, settings_yaml: str,
-    ):  # fmt: skip
-        self.run, self.active = run, active
-        self.bar = None
-        self.writer = None
-        if not active:
-            return
-        # Files that grow are written locally; for an object store `sync` uploads them.
-        self.local = run.path if run.is_local else tempfile.mkdtemp(prefix="sivae-")
-        os.makedirs(self.local, exist_ok=True)
-        self._keep_until(images_seen)
-        self.metrics_file = open(os.path.join(self.local, "metrics.jsonl"), "a", encoding="utf-8")
-        if tensorboard:
-            # Slow to import, so only where it is wanted.
-            from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, run: Folder, total_images: int, *, tensorboard: bool, progress: bool, settings_yaml: str):
+        self.run, self.total_images, self.settings_yaml = run, total_images, settings_yaml
+        self.wants_tensorboard, self.wants_progress = tensorboard, progress
+        self.local = self.metrics_file = self.writer = self.bar = None
 
-            self.writer = SummaryWriter(
-                os.path.join(self.local, "tensorboard"), purge_step=images_seen + 1 if images_seen else None
-            )
-            self.writer.add_text("settings", f"```yaml\n{settings_yaml}```", images_seen)
-        if progress:
+    def open(self, images_seen: int) -> None:
+        """Start at this position, or go back to it: what was told of later images is dropped, it will be told again."""
+        with _disk_errors(self.run.url):
+            if self.local is None:
+                # Files that grow are written locally; for an object store `sync` uploads them.
+                self.local = self.run.path if self.run.is_local else tempfile.mkdtemp(prefix="sivae-")
+                os.makedirs(self.local, exist_ok=True)
+            self._close_files()
+            self._keep_until(images_seen)
+            self.metrics_file = open(os.path.join(self.local, "metrics.jsonl"), "a", encoding="utf-8")
+            if self.wants_tensorboard:
+                # Slow to import, so only where it is wanted.
+                from torch.utils.tensorboard import SummaryWriter
+
+                purge = images_seen + 1 if images_seen else None
+                self.writer = SummaryWriter(os.path.join(self.local, "tensorboard"), purge_step=purge)
+                self.writer.add_text("settings", f"```yaml\n{self.settings_yaml}```", images_seen)
+        if self.wants_progress and self.bar is None:
             terminal = sys.stderr.isatty()
             self.bar = tqdm(
-                total=total_images, initial=images_seen, unit=" images", unit_scale=True, dynamic_ncols=terminal,
-                mininterval=0.2 if terminal else 15.0, file=sys.stderr, desc="train",
+                total=self.total_images, unit=" images", unit_scale=True, dynamic_ncols=terminal,
+                mininterval=0.2 if terminal else 15.0, initial=images_seen, file=sys.stderr, desc="train",
             )  # fmt: skip
 
     def advance(self, images: int) -> None:
@@ -57,34 +62,33 @@ class Tracker:
 
     def scalars(self, values: dict[str, float], images_seen: int) -> None:
         """One line of metrics.jsonl and the same numbers in TensorBoard, where `a/b` groups them under a."""
-        if not self.active:
-            return
         line = {"images_seen": images_seen, "time": round(time.time(), 3)} | values
-        self.metrics_file.write(json.dumps(line) + "\n")
-        self.metrics_file.flush()
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, images_seen)
+        with _disk_errors(self.run.url):
+            self.metrics_file.write(json.dumps(line) + "\n")
+            self.metrics_file.flush()
+            if self.writer is not None:
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, images_seen)
         if self.bar is not None:
-            shown = {"loss_encoder": "enc", "loss_decoder": "dec", "rec": "rec", "kl_real": "kl", "kl_gap": "gap"}
+            short_names = {"loss_encoder": "enc", "loss_decoder": "dec", "rec": "rec", "kl_real": "kl", "kl_gap": "gap"}
             named = {name.split("/")[-1]: value for name, value in values.items()}
             self.bar.set_postfix(
-                {short: f"{named[name]:.4g}" for name, short in shown.items() if name in named}, refresh=False
+                {short: f"{named[name]:.4g}" for name, short in short_names.items() if name in named}, refresh=False
             )
 
-    def picture(self, name: str, pixels: np.ndarray, images_seen: int) -> str | None:
+    def picture(self, name: str, pixels: np.ndarray, images_seen: int) -> str:
         """A PNG under pictures/ and in TensorBoard. Returns its path."""
-        if not self.active:
-            return None
         file = f"{name}-{images_seen:012d}.png"
         self.run.write(png_bytes(pixels), "pictures", file)
         if self.writer is not None:
-            self.writer.add_image(name, pixels, images_seen, dataformats="HWC")
+            with _disk_errors(self.run.url):
+                self.writer.add_image(name, pixels, images_seen, dataformats="HWC")
         return f"{self.run.url}/pictures/{file}"
 
     def histogram(self, name: str, values: Tensor, images_seen: int) -> None:
         if self.writer is not None:
-            self.writer.add_histogram(name, values, images_seen)
+            with _disk_errors(self.run.url):
+                self.writer.add_histogram(name, values, images_seen)
 
     def hparams(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         """The settings beside the last metrics, for TensorBoard's HPARAMS tab."""
@@ -97,19 +101,19 @@ class Tracker:
             for key, value in _flatten(settings).items()
         }
         for summary in hparams(flat, {f"final/{name.split('/')[-1]}": value for name, value in metrics.items()}):
-            self.writer.file_writer.add_summary(summary)
+            with _disk_errors(self.run.url):
+                self.writer.file_writer.add_summary(summary)
 
     def note(self, line: str) -> None:
         """A line for a person: above the progress bar, on stderr."""
-        if self.active:
+        if self.local is not None:
             tqdm.write(f"sivae: {line}", file=sys.stderr)
 
     def sync(self) -> None:
         """Everything onto the storage of the run directory."""
-        if not self.active:
-            return
-        if self.writer is not None:
-            self.writer.flush()
+        with _disk_errors(self.run.url):
+            if self.writer is not None:
+                self.writer.flush()
         if not self.run.is_local:
             for root, _, files in os.walk(self.local):
                 for file in files:
@@ -118,14 +122,28 @@ class Tracker:
                         self.run.write(opened.read(), *os.path.relpath(path, self.local).split(os.sep))
 
     def close(self) -> None:
-        if not self.active:
+        """Raises UserError when the last of it cannot be written; closed it is all the same."""
+        if self.local is None:
             return
         if self.bar is not None:
             self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
-        self.metrics_file.close()
-        self.sync()
+        try:
+            with _disk_errors(self.run.url):
+                self._close_files()
+            self.sync()
+        finally:
+            if not self.run.is_local:
+                shutil.rmtree(self.local, ignore_errors=True)
+            self.local = None
+
+    def _close_files(self) -> None:
+        writer, metrics_file, self.writer, self.metrics_file = self.writer, self.metrics_file, None, None
+        try:
+            if writer is not None:
+                writer.close()
+        finally:
+            if metrics_file is not None:
+                metrics_file.close()
 
     def _keep_until(self, images_seen: int) -> None:
         """Drop lines of metrics.jsonl from after the checkpoint: they will be made again. A line cut by a kill goes too."""
@@ -146,6 +164,17 @@ class Tracker:
         with open(f"{path}.part", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(f"{path}.part", path)
+
+
+@contextmanager
+def _disk_errors(where: str) -> Iterator[None]:
+    """What the operating system refuses, most often for want of space, as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{shown(where)}: metrics cannot be written ({error.strerror or error}); free space and run the same command again"
+        ) from error
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ rates. So resuming is starting again: the newest checkpoint says where. Practice
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,17 +30,18 @@ from sivae import (
 from sivae.config import Config
 from sivae.data import Batch, open_stream
 from sivae.distributed import Group
-from sivae.errors import UserError
+from sivae.errors import UserError, shown
 from sivae.signals import StopSignals
 from sivae.state import TrainingState, peak_memory_bytes
 from sivae.step import NonFinite, Pass, train_step
 from sivae.storage import Folder
 from sivae.tracking import Tracker
 
+logger = logging.getLogger("sivae")
 KL_GAP_PATIENCE = 10  # log lines in a row with a negative KL gap before the warning
 ADVICE = "what usually helps: raise objective.beta_neg, lower the learning rates, or begin with objective.vae_images"
 
-Report = Callable[[dict[str, float], str | None], None]
+Report = Callable[[dict[str, float], str | None], bool | None]
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Result:
 def train(settings: Config, report: Report = lambda metrics, name: None) -> Result:
     """Train until `schedule.total_images`, resuming from the newest checkpoint of `run.directory`.
 
-    `report(metrics, checkpoint)` is called on every rank whenever scalars are logged, with the newest checkpoint's name or
-    None; it is all that an orchestrator sees. Raises UserError or ConfigError with one clear sentence.
+    `report(metrics, checkpoint)` is called on every rank whenever scalars are logged, with the newest checkpoint's name or None, or a checkpoint was saved; it is all that an orchestrator sees. When it returns True on any rank, the run saves and
+    stops as it does on a signal. Raises UserError or ConfigError with one clear sentence.
     """
     if settings.run.cpu_threads is not None:
         torch.set_num_threads(settings.run.cpu_threads)
@@ -70,7 +72,8 @@ class Trainer:
         self.settings, self.group, self.report = settings, group, report
         self.batch_size, self.accumulation = settings.schedule.batch_size, settings.accumulation(group.world_size)
         self.folder = Folder(settings.run.directory, settings.run.storage_options)
-        group.on_main(lambda: run_directory.prepare(self.folder, settings, group.world_size))
+        self.lock = None
+        group.on_main(self._prepare)
         found = self._read_checkpoint()
         self.stream = self._open_stream()
         self.state = TrainingState(settings, group, self.accumulation)
@@ -79,16 +82,38 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.picture: str | None = None
         self.negative_gaps = 0
+        self.stop_asked = False
         if found is not None:
             self._restore(found)
         elif settings.run.init_from:
             self.state.start_from(settings.run.init_from, settings)
         self.tracker = Tracker(
-            self.folder, active=group.is_main, total_images=settings.schedule.total_images, images_seen=self.images_seen,
-            tensorboard=settings.tracking.tensorboard, progress=settings.tracking.progress, settings_yaml=config.dump_yaml(settings),
+            self.folder, settings.schedule.total_images, tensorboard=settings.tracking.tensorboard,
+            progress=settings.tracking.progress, settings_yaml=config.dump_yaml(settings),
         )  # fmt: skip
+        group.on_main(lambda: self.tracker.open(self.images_seen))
 
     def run(self) -> Result:
+        try:
+            with StopSignals() as stop:
+                interrupted = self._loop(stop)
+            if interrupted:
+                self.tracker.note(f"stopped, checkpoint {self.saved.name} saved; run the same command to go on")
+            else:
+                self.group.on_main(lambda: self.tracker.hparams(config.dump(self.settings), self.metrics))
+        except BaseException:
+            try:
+                self.tracker.close()
+            except UserError as error:  # the first error is the one to hear about
+                logger.debug("%s", error)
+            raise
+        self.group.on_main(self.tracker.close)
+        if self.lock is not None:
+            self.lock.close()
+        return Result(self.images_seen, interrupted, self.metrics, self.saved and self.saved.name, self.picture)
+
+    def _loop(self, stop: StopSignals) -> bool:
+        """Train to the end, or until somebody asks to stop; True when interrupted."""
         total, tracking, run = self.settings.schedule.total_images, self.settings.tracking, self.settings.run
         if self.images_seen >= total:
             self.tracker.note(
@@ -98,49 +123,48 @@ class Trainer:
             self.tracker.note(f"resuming at {self.images_seen:,} images from checkpoint {self.saved.name}")
         elif run.on_nonfinite == "rollback":
             self._save()  # something to return to
-        interrupted = False
+        # On a CPU the host may look after every step: there it waits for nothing. An offloaded optimizer waits anyway.
+        always_looks = self.group.device.type == "cpu" or self.settings.engine.offload_optimizer
+        batches = self.stream.batches(self.images_seen)
         self._start_interval()
-        try:
-            with StopSignals() as stop:
+        while self.images_seen < total:
+            batch = self._next(batches, stop)
+            if batch is not None:
+                self._step(batch)
+            last = batch is None or self.images_seen >= total
+            logs, draws, saves = (
+                last or self._due(n) for n in (tracking.log_images, tracking.picture_images, run.checkpoint_images)
+            )
+            if (logs or draws or saves or always_looks) and (bad := self.state.gate.read()):
+                self._handle(bad)
                 batches = self.stream.batches(self.images_seen)
-                while self.images_seen < total and not interrupted:
-                    self._step(self._next(batches))
-                    interrupted = self.group.any(stop.requested) and self.images_seen < total
-                    last = interrupted or self.images_seen >= total
-                    logs, draws, saves = (
-                        last or self._due(n)
-                        for n in (tracking.log_images, tracking.picture_images, run.checkpoint_images)
-                    )
-                    # On a CPU the host may look after every step: there it waits for nothing.
-                    if (logs or draws or saves or self.group.device.type == "cpu") and (bad := self.state.gate.read()):
-                        self._handle(bad)
-                        batches, interrupted = self.stream.batches(self.images_seen), False
-                        continue
-                    if logs:
-                        self._log()
-                    if draws and not interrupted:
-                        self._draw()
-                    if saves:
-                        self._save()
-                    if logs:
-                        self.report(self.metrics, self.saved and self.saved.name)
-            if interrupted:
-                self.tracker.note(
-                    f"stopped by a signal, checkpoint {self.saved.name} saved; run the same command to go on"
-                )
-            else:
-                self.tracker.hparams(config.dump(self.settings), self.metrics)
-            return Result(self.images_seen, interrupted, self.metrics, self.saved and self.saved.name, self.picture)
-        finally:
-            self.tracker.close()
+                continue
+            if logs and self.steps:
+                self._log()
+            if draws and batch is not None:
+                self._draw()
+            if saves:
+                self._save()
+            if logs or saves:
+                self.stop_asked |= bool(self.report(self.metrics, self.saved and self.saved.name))
+            if batch is None:
+                return True
+        return False
 
     # A step
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    def _next(self, batches: Iterator[Batch], stop: StopSignals) -> Batch | None:
+        """The next batch; None when any rank is asked to stop. Data that one rank cannot read is an error on all, before the step."""
         start = time.monotonic()
-        batch = next(batches)
+        batch, failure, stopping = None, None, stop.requested or self.stop_asked
+        if not stopping:
+            try:
+                batch = next(batches)
+            except UserError as error:
+                failure = error
+        stopping = self.group.agree(stopping or stop.requested, failure)
         self.data_wait_sec += time.monotonic() - start
-        return batch
+        return None if stopping else batch
 
     def _step(self, batch: Batch) -> None:
         settings, state, start = self.settings, self.state, self.images_seen
@@ -157,14 +181,16 @@ class Trainer:
             state.encoder, state.decoder, state.target, state.vae if warm_up else state.objective, self._passes(batch), state.gate,
             start, **self.rates, ema_decay=schedule.ema_decay(end, self.batch_size, ema.halflife_images, ema.rampup_ratio),
         )  # fmt: skip
-        terms |= {"grad_norm_encoder": state.encoder.grad_norm, "grad_norm_decoder": state.decoder.grad_norm}
         for name, term in terms.items():
             total_so_far, steps = self.sums.get(name, (0.0, 0))
             self.sums[name] = total_so_far + term, steps + 1
         self.steps += 1
         self.images_seen = end
         self.tracker.advance(self.batch_size)
-        if state.target is not None and self._due(settings.objective.target_refresh_images):
+        # Also where the warm-up ends: until then nothing used the target, which may be as old as the run.
+        if self._due(getattr(settings.objective, "target_refresh_images", total)) or (
+            warm_up and end >= settings.objective.vae_images
+        ):
             state.refresh_target()
 
     def _passes(self, batch: Batch) -> list[Pass]:
@@ -199,6 +225,7 @@ class Trainer:
         self._restore(found)
         self.attempt = attempt
         self.tracker.advance(self.images_seen - ahead)
+        self.group.on_main(lambda: self.tracker.open(self.images_seen))
         self._start_interval()
         self.tracker.note(
             f"{where}; back to checkpoint {found.name} with other draws, rollback {attempt} of {run.max_rollbacks}"
@@ -230,7 +257,7 @@ class Trainer:
             "speed/data_wait_fraction": self.data_wait_sec / elapsed,
             "memory/peak_bytes": peak_memory_bytes(self.group.device),
         }
-        self.tracker.scalars(self.metrics, self.images_seen)
+        self.group.on_main(lambda: self.tracker.scalars(self.metrics, self.images_seen))
         self._start_interval()
 
     def _watch_gap(self, gap: float) -> None:
@@ -245,7 +272,8 @@ class Trainer:
     def _draw(self) -> None:
         """Real images, reconstructions and samples from the averaged weights; the same images and latents each time."""
         average = self.state.average()
-        if self.group.is_main:
+
+        def draw() -> str:
             model = inference.Model(self.settings.model.model_dump(), self.group.device)
             inference.fill(model, average, "the running average")
             batch = self.stream.sample(range(min(self.settings.tracking.picture_count, len(self.stream))))
@@ -257,11 +285,15 @@ class Trainer:
             }
             self.tracker.histogram("latent/mu", mu, self.images_seen)
             self.tracker.histogram("latent/logvar", logvar, self.images_seen)
-            self.picture = self.tracker.picture(
-                "samples", images.panels(parts, columns=min(16, len(mu))), self.images_seen
-            )
+            return self.tracker.picture("samples", images.panels(parts, columns=min(16, len(mu))), self.images_seen)
+
+        self.picture = self.group.on_main(draw)
 
     # Data and checkpoints
+
+    def _prepare(self) -> None:
+        self.lock = run_directory.lock(self.folder)
+        run_directory.prepare(self.folder, self.settings, self.group.world_size)
 
     def _open_stream(self):
         data, model, group = self.settings.data, self.settings.model, self.group
@@ -283,9 +315,9 @@ class Trainer:
             return
         tensors = self.state.tensors()
         state = {
-            "images_seen": self.images_seen, "attempt": self.attempt, "model": self.settings.model.model_dump(mode="json"),
+            "images_seen": self.images_seen, "attempt": self.attempt, "negative_gaps": self.negative_gaps, "model": self.settings.model.model_dump(mode="json"),
             "objective": self.settings.objective.model_dump(mode="json"), "seed": self.settings.run.seed,
-            "data": {"url": self.settings.data.url, "digest": self.stream.digest}, "version": __version__,
+            "data": {"url": shown(self.settings.data.url), "digest": self.stream.digest}, "version": __version__,
         }  # fmt: skip
         name = self.group.on_main(
             lambda: checkpoint.save(self.folder, state, tensors, self.settings.run.keep_checkpoints)
@@ -299,7 +331,9 @@ class Trainer:
 
         def read():
             nonlocal found
-            found = checkpoint.read_newest(self.folder, report=lambda line: print(f"sivae: {line}", file=sys.stderr))
+            found = checkpoint.read_newest(
+                self.folder, report=lambda line: print(f"sivae: {line}", file=sys.stderr), set_aside=True
+            )
             if found is not None:
                 run_directory.check_model(found.state.get("model"), self.settings, self.folder.url)
             return found and (found.name, found.state, sorted(found.tensors))
@@ -320,6 +354,7 @@ class Trainer:
             )
         self.state.restore(found.tensors)
         self.images_seen, self.attempt = found.images_seen, found.state["attempt"]
+        self.negative_gaps = found.state["negative_gaps"]
         self.saved = checkpoint.Checkpoint(found.name, found.state, {})
 
     def _due(self, every_images: int) -> bool:

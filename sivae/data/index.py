@@ -9,8 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from sivae.data.shards import Storage, shown
-from sivae.errors import UserError
+from sivae.data.shards import Storage
+from sivae.errors import UserError, shown
 
 FILE_NAME = "index.json"
 FORMAT, VERSION = "sivae-shards", 1

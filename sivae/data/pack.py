@@ -16,9 +16,9 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from sivae.data.index import FILE_NAME, MAX_RESOLUTION, Index, Shard
-from sivae.data.shards import Storage, shown
+from sivae.data.shards import Storage
 from sivae.data.sources import open_source
-from sivae.errors import UserError
+from sivae.errors import UserError, shown
 
 
 def pack(

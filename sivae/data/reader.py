@@ -9,6 +9,7 @@ import math
 import operator
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -21,11 +22,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from sivae.data.decode import DECODERS
 from sivae.data.index import Index
 from sivae.data.order import Order, flip_at, rank_positions
-from sivae.data.shards import ShardReader, Storage, shown
-from sivae.errors import UserError
+from sivae.data.shards import ShardReader, Storage
+from sivae.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
 GRACE_SEC = 60  # what a worker may take for one batch beyond the time that storage may take
+STOP_SEC = 30  # after SIGTERM, until a worker that hangs is ended
 
 
 @dataclass(frozen=True)
@@ -159,18 +161,21 @@ class ImageStream:
         return batch.pin_memory() if self.pin else batch
 
     def _worker_batches(self, images_seen: int) -> Iterator[Batch]:
-        loader = DataLoader(
-            _Steps(self, images_seen),
-            batch_size=None,
-            num_workers=self.num_workers,
-            collate_fn=_unchanged,
-            pin_memory=self.pin,
-            multiprocessing_context=self._context(),
-        )
         on_child = signal.getsignal(signal.SIGCHLD)
         iterator = None
         try:
-            iterator = iter(loader)
+            with warnings.catch_warnings():
+                # Readers wait for storage more than they compute: more of them than cores can be right.
+                warnings.filterwarnings("ignore", message="This DataLoader will create")
+                loader = DataLoader(
+                    _Steps(self, images_seen),
+                    batch_size=None,
+                    num_workers=self.num_workers,
+                    collate_fn=_unchanged,
+                    pin_memory=self.pin,
+                    multiprocessing_context=self._context(),
+                )
+                iterator = iter(loader)
             if threading.current_thread() is threading.main_thread() and on_child is not None:
                 # DataLoader has just asked to be told of dead children by a signal, and would raise in the
                 # midst of whatever runs then, a collective or a checkpoint. It also looks every 5 s while
@@ -207,6 +212,10 @@ class _Steps(IterableDataset):
         worker, stream = get_worker_info(), self.stream
         # A worker that hangs, on a dead network mount for one, is killed by its own alarm and found dead.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        # Who asks a job to stop often signals every process of it. The training process decides: it may need the batch
+        # that is being read. One that hangs in its read is gone soon after.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_SEC))
         for step in count(worker.id, worker.num_workers):
             signal.alarm(math.ceil(stream.storage.patience_sec + GRACE_SEC))
             try:

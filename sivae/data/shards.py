@@ -6,7 +6,6 @@ sample is a byte range of the index, and its length and crc32 are checked on eve
 
 import os
 import random
-import re
 import time
 import zlib
 from collections import OrderedDict
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 
 import fsspec
 
-from sivae.errors import UserError
+from sivae.errors import UserError, shown
 
 MAX_OPEN_SHARDS = 64  # file descriptors that one local reader keeps
 MAX_GAP_BYTES = 128 * 1024  # reading over a gap this long is cheaper than another request
@@ -31,11 +30,6 @@ PERMANENT = (
     ValueError,
     TypeError,
 )
-
-
-def shown(text) -> str:
-    """The text of a URL or an error without passwords and signed queries, as errors and logs may show it."""
-    return re.sub(r"\?[^\s'\")]*", "?...", re.sub(r"//[^/@\s]+@", "//...@", str(text)))
 
 
 class Storage:

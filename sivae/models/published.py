@@ -40,7 +40,12 @@ def read(path: str, residual: str | None = None) -> Published:
     Raises UserError for a file that is truncated, pickled as a whole object, or of another architecture.
     """
     try:
+        with open(path, "rb") as file:
+            if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x04"):
+                raise UserError(f"{path}: is not a PyTorch file")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except pickle.UnpicklingError:

@@ -6,12 +6,15 @@ pytest tests/distributed/test_failures.py
 import json
 import resource
 import signal
+import subprocess
+import time
 
 import pytest
 
 from sivae.checkpoint import list_names
+from sivae.data import open_stream
 from sivae.storage import Folder
-from tests.processes import run_sivae
+from tests.processes import ROOT, TIMEOUT_SEC, environment, run_sivae, sivae_command
 
 
 @pytest.fixture
@@ -51,6 +54,8 @@ def test_rollback_draws_anew_and_gives_up_after_its_limit(arguments, tmp_path):
     )
     sentence = refused(done)
     assert "gave up after 2 rollbacks" in sentence
+    images = [json.loads(line)["images_seen"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(images) == len(set(images)), "what was redone is told once"
     assert done.stderr.count("with other draws") == 2
     assert list_names(Folder(str(tmp_path / "run")))[0] == "000000000000"
 
@@ -79,6 +84,50 @@ def test_batch_that_does_not_divide_over_ranks(arguments):
     assert "15 images do not divide over 2 ranks" in done.stderr
 
 
+def test_a_second_run_in_the_same_directory(arguments, tmp_path):
+    first = subprocess.Popen(
+        sivae_command(arguments("schedule.total_images=64000")), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + TIMEOUT_SEC
+        while not (tmp_path / "run" / "environment.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert "another run works in this directory" in refused(run_sivae(arguments()))
+    finally:
+        first.kill()
+        first.wait()
+    assert run_sivae(arguments()).returncode == 0, "a killed run holds nothing"
+
+
+def test_data_that_one_rank_cannot_read_is_one_sentence_of_all(arguments, tmp_path):
+    from sivae.data.pack import pack
+
+    index = pack("digits:", tmp_path / "set", resolution=16, progress=False)
+    shard = tmp_path / "set" / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[index.offset[900] + index.size[900] // 2] ^= 1
+    shard.write_bytes(data)
+    done = run_sivae(arguments(f"data.url={tmp_path / 'set'}", "schedule.total_images=3600"), ranks=2)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "sivae: error" in line]
+    assert len(lines) == 1 and "shard-000000.tar" in lines[0], done.stderr
+    assert "sivae/cli.py" not in done.stderr, "no rank shows a traceback of its own"
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_full_disk_while_logging(arguments, cache_dir, tensorboard):
+    open_stream("digits:", resolution=16, batch_size=1, cache_dir=cache_dir)  # packed before the disk is full
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
+
+    sentence = refused(
+        run_sivae(arguments("tracking.log_images=16", f"tracking.tensorboard={tensorboard}".lower()), preexec_fn=limit)
+    )
+    assert "free space" in sentence
+
+
 def test_missing_config():
     assert "nowhere.yaml" in refused(run_sivae(["train", "nowhere.yaml"]))
 
@@ -93,7 +142,7 @@ def test_run_directory_that_cannot_be_written(arguments, tmp_path):
 
 
 def test_full_disk_while_saving_keeps_the_checkpoint_before(arguments, tmp_path):
-    """The process may write no file larger than 60 kB from its second checkpoint on: a limit of the kernel, as a full disk is."""
+    """The process may write no file larger than 30 kB from its second checkpoint on: a limit of the kernel, as a full disk is."""
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -4,10 +4,12 @@ pytest tests/distributed/test_resume.py
 """
 
 import json
+import os
 import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -180,6 +182,34 @@ def test_run_directory_in_an_object_store(arguments, tmp_path, monkeypatch):
         server.stop()
 
 
+GROUP_PROGRAM = """
+import signal, sys
+from sivae.data import open_stream
+signal.signal(signal.SIGTERM, lambda *_: None)
+stream = open_stream("digits:", resolution=16, batch_size=8, num_workers=2, cache_dir=sys.argv[1])
+for number, batch in enumerate(stream.batches()):
+    print(number, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_data_workers_outlive_a_signal_to_the_whole_process_group(cache_dir):
+    """Launchers signal every process of a job. The training process still needs batches to come to its next step."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", GROUP_PROGRAM, cache_dir], cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for number in range(20):  # more than was read ahead
+            assert process.stdout.readline() == f"{number}\n"
+            if number == 2:
+                os.killpg(process.pid, signal.SIGTERM)
+            process.stdin.write("\n")
+            process.stdin.flush()
+    finally:
+        process.kill()
+
+
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(arguments, undisturbed, tmp_path):
     assert run_sivae(arguments(tmp_path, "schedule.total_images=480")).returncode == 0
     newest = tmp_path / "checkpoints" / "000000000480" / "weights.safetensors"
@@ -202,3 +232,24 @@ def test_bootstrap_and_batch_norm_resume_too(arguments, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert_equal(last_tensors(parts), last_tensors(whole))
     assert any("target/" in name for name in last_tensors(parts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloaded_optimizer_learns_the_same(arguments, tmp_path, stage):
+    """Compiles DeepSpeed's CPU Adam on first use. Resumes from a run without offload, as any stage does."""
+    for name, overrides in (("plain", []), ("offloaded", ["engine.offload_optimizer=true"])):
+        half = run_sivae(arguments(tmp_path / name, f"schedule.total_images={EVERY_IMAGES}"))
+        assert half.returncode == 0, half.stderr
+        done = run_sivae(
+            arguments(
+                tmp_path / name,
+                f"schedule.total_images={2 * EVERY_IMAGES}",
+                f"engine.zero_stage={stage}",
+                "engine.micro_batch_size=8",
+                *overrides,
+            )
+        )
+        assert done.returncode == 0, done.stderr
+    plain, offloaded = (last_tensors(tmp_path / name, 2 * EVERY_IMAGES) for name in ("plain", "offloaded"))
+    assert_equal(offloaded, plain, tolerance=1e-5)

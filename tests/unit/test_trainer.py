@@ -104,7 +104,10 @@ def test_bfloat16_stays_close_to_float32(run):
     assert rounded["loss/loss_encoder"] == pytest.approx(exact["loss/loss_encoder"], rel=0.05)
 
 
-def test_run_directory_holds_settings_versions_and_pictures_but_no_secrets(run, tmp_path):
+def test_run_directory_holds_settings_versions_and_pictures_but_no_secrets(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["sivae", "train", f"data.storage_options.key={SECRET}", f"data.url=s3://me:{SECRET}@host/set"]
+    )
     run("data.storage_options.key=" + SECRET, "tracking.tensorboard=true")
     folder = tmp_path / "run"
     assert config.parse(yaml.safe_load((folder / "config.yaml").read_text())).model.channels == [8, 16]
@@ -154,6 +157,19 @@ def test_report_hears_of_metrics_and_checkpoints(cache_dir, tmp_path, run):
     assert len(heard) == before
 
 
+def test_an_orchestrator_can_stop_a_run(run, tmp_path, cache_dir):
+    """A report that returns True: the run saves and ends as on a signal; started again it goes on."""
+    settings = config.load(
+        "configs/digits.yaml",
+        [f"run.directory={tmp_path}", f"data.cache_dir={cache_dir}", "data.num_workers=0", "model.channels=[8,16]", "schedule.total_images=128",
+         "tracking.log_images=32", "tracking.progress=false", "tracking.tensorboard=false"],
+    )  # fmt: skip
+    result = trainer.train(settings, report=lambda metrics, name: True)
+    assert result.interrupted and result.images_seen == 32 and result.checkpoint == "000000000032"
+    result = trainer.train(settings)
+    assert not result.interrupted and result.images_seen == 128
+
+
 def test_training_goes_on_from_imported_weights(run, tmp_path):
     _, settings, _ = run()
     trained = sivae.load(settings.run.directory, weights="plain")
@@ -179,6 +195,50 @@ def test_a_saved_batch_norm_model_samples_as_in_training(run):
     assert (picture[-len(expected) :] == expected).all()
 
 
+class InfiniteGradient(objectives.SoftIntroVae):
+    """The loss is finite, its gradient is not: the root of something that is always zero."""
+
+    def encoder_phase(self, encoder, decoder, x, *rest):
+        phase = super().encoder_phase(encoder, decoder, x, *rest)
+        return objectives.Phase(phase.loss + (encoder(x, None)[0] * 0).square().sum().sqrt(), phase.terms, phase.z)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_finite_loss_with_a_gradient_that_is_not_changes_no_weight(stage):
+    with distributed.join("cpu") as group:
+        gate, engines, item = small_step(group, stage)
+        before = engines[0].state_dict()
+        for index in range(2):
+            train_step(
+                *engines,
+                None,
+                InfiniteGradient(scale=1 / 256),
+                [item],
+                gate,
+                10 + index,
+                lr_encoder=1.0,
+                lr_decoder=1.0,
+                ema_decay=0.9,
+            )
+        bad = gate.read()
+        assert bad.terms == ["grad_norm_encoder"] and bad.images_seen == 10
+        assert all(torch.equal(value, before[name]) for name, value in engines[0].state_dict().items())
+
+
+def small_step(group, stage=0):
+    """A gate, two engines and one pass of four random images."""
+    gate = FiniteGate(group)
+    networks = models.build("conv", num_channels=1, resolution=16, channels=[8, 16], latent_dim=4)
+    engines = [
+        Engine(
+            network, group, lr=1e-3, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, clip_grad_norm=1.0, zero_stage=stage,
+            precision="float32", offload_optimizer=False, micro_batch_size=4, accumulation=1, found_inf=gate.found_inf,
+        )
+        for network in networks
+    ]  # fmt: skip
+    return gate, engines, Pass(torch.rand(4, 1, 16, 16), None, Draws(*(torch.randn(4, 4) for _ in Draws.names())))
+
+
 class HostReads(TorchDispatchMode):
     """Counts how often a tensor's value goes to Python."""
 
@@ -193,16 +253,7 @@ class HostReads(TorchDispatchMode):
 
 def test_a_step_reads_nothing_back_to_the_host():
     with distributed.join("cpu") as group:
-        gate = FiniteGate(group)
-        networks = models.build("conv", num_channels=1, resolution=16, channels=[8, 16], latent_dim=4)
-        engines = [
-            Engine(
-                network, group, lr=1e-3, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, clip_grad_norm=1.0, zero_stage=0, precision="float32",
-                offload_optimizer=False, micro_batch_size=4, accumulation=1, found_inf=gate.found_inf,
-            )
-            for network in networks
-        ]  # fmt: skip
-        item = Pass(torch.rand(4, 1, 16, 16), None, Draws(*(torch.randn(4, 4) for _ in Draws.names())))
+        gate, engines, item = small_step(group)
         objective = objectives.build("soft_intro_vae", num_values=256)
         with HostReads() as reads:
             train_step(*engines, None, objective, [item], gate, 0, lr_encoder=1e-3, lr_decoder=1e-3, ema_decay=0.9)
