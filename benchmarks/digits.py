@@ -52,6 +52,14 @@ def judge(model: Model, real: torch.Tensor, train_mode: bool = False) -> tuple[f
     return frechet_distance(moments(samples.flatten(1).numpy()), moments(target.flatten(1).numpy())), error
 
 
+def machine() -> str:
+    """The processor's name and its cores, as Linux tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="benchmarks/results")
@@ -62,7 +70,7 @@ def main() -> None:
     real = real_stream.sample(range(len(real_stream))).images
     even, odd = real[::2].flatten(1).numpy() / 255, real[1::2].flatten(1).numpy() / 255
     lines = [
-        f"# Digits: {time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        f"# Digits: {time.strftime('%Y-%m-%d')}, {machine()}, torch {torch.__version__}",
         "",
         f"`python benchmarks/digits.py`. Floor of the distance, between two halves of the real digits: {frechet_distance(moments(even), moments(odd)):.2f}.",
         "",

@@ -80,13 +80,20 @@ class Vae:
     def rec(self, target: Tensor, rec: Tensor) -> Tensor:
         return reconstruction_error(target, rec, self.reconstruction)
 
+    def _real(
+        self, encoder: Encoder, decoder: Decoder, x: Tensor, draws: Draws, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """z of real images, their reconstructions, and the batch means of the ELBO's two terms."""
+        mu, logvar = encoder(x, labels)
+        z = reparameterize(mu, logvar, draws.eps_real)
+        image = decoder(z, labels)
+        return z, image, self.rec(x, image).mean(), kl(mu, logvar).mean()
+
     def encoder_phase(
         self, encoder: Encoder, decoder: Decoder, x: Tensor, draws: Draws, labels: Tensor | None = None,
         target_decoder: Decoder | None = None,
     ) -> Phase:  # fmt: skip
-        mu, logvar = encoder(x, labels)
-        z = reparameterize(mu, logvar, draws.eps_real)
-        rec, kl_real = self.rec(x, decoder(z, labels)).mean(), kl(mu, logvar).mean()
+        z, _, rec, kl_real = self._real(encoder, decoder, x, draws, labels)
         loss = self.beta_rec * rec + self.beta_kl * kl_real
         return Phase(loss, _detach(loss_encoder=loss, rec=rec, kl_real=kl_real), z.detach())
 
@@ -115,13 +122,10 @@ class IntroVae(Vae):
         target_decoder: Decoder | None = None,
     ) -> Phase:  # fmt: skip
         fake = decoder(draws.z_prior, labels)
-        mu, logvar = encoder(x, labels)
-        z = reparameterize(mu, logvar, draws.eps_real)
-        rec_image = decoder(z, labels)
+        z, rec_image, rec, kl_real = self._real(encoder, decoder, x, draws, labels)
         # Inputs are detached: the encoder is trained to tell images, not to make them.
         kl_rec = kl(*encoder(rec_image.detach(), labels)).mean()
         kl_fake = kl(*encoder(fake.detach(), labels)).mean()
-        rec, kl_real = self.rec(x, rec_image).mean(), kl(mu, logvar).mean()
         hinge = 0.5 * (F.relu(self.margin - kl_rec) + F.relu(self.margin - kl_fake))
         loss = self.beta_rec * rec + self.beta_kl * (kl_real + self.beta_neg * hinge)
         return Phase(
@@ -152,10 +156,7 @@ class SoftIntroVae(Vae):
         target_decoder: Decoder | None = None,
     ) -> Phase:  # fmt: skip
         fake = decoder(draws.z_prior, labels)
-        mu, logvar = encoder(x, labels)
-        z = reparameterize(mu, logvar, draws.eps_real)
-        rec_image = decoder(z, labels)
-        rec, kl_real = self.rec(x, rec_image).mean(), kl(mu, logvar).mean()
+        z, rec_image, rec, kl_real = self._real(encoder, decoder, x, draws, labels)
 
         second = self._second_decoder(decoder, target_decoder)
         exp_elbo_rec, kl_rec = self._exp_elbo(encoder, second, rec_image, draws.eps_rec, labels)

@@ -43,7 +43,7 @@ def test_divergence_stops_before_the_step_and_says_what_helps(arguments, tmp_pat
     done = run_sivae(arguments("encoder_optimizer.lr=1e6", "decoder_optimizer.lr=1e6"))
     sentence = refused(done)
     assert "non-finite" in sentence and "objective.beta_neg" in sentence and "images" in sentence
-    assert any(term in sentence for term in ("rec", "kl_real", "kl_rec", "kl_fake"))
+    assert any(term in sentence for term in ("rec", "kl_", "grad_norm_"))
 
 
 def test_rollback_draws_anew_and_gives_up_after_its_limit(arguments, tmp_path):
