@@ -110,8 +110,9 @@ def lock(folder: Folder) -> IO | None:
     except OSError as error:
         raise UserError(f"{folder.url}: cannot be written ({error.strerror}); set another run.directory") from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # Not flock: that lock would live on in the data workers of a killed run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         raise UserError(
             f"{folder.url}: another run works in this directory; wait for it, or set another run.directory"
         ) from None

@@ -86,11 +86,11 @@ def test_batch_that_does_not_divide_over_ranks(arguments):
 
 def test_a_second_run_in_the_same_directory(arguments, tmp_path):
     first = subprocess.Popen(
-        sivae_command(arguments("schedule.total_images=64000")), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+        sivae_command(arguments("schedule.total_images=64000", "data.num_workers=2")), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
     )
     try:
         deadline = time.monotonic() + TIMEOUT_SEC
-        while not (tmp_path / "run" / "environment.json").exists() and time.monotonic() < deadline:
+        while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert "another run works in this directory" in refused(run_sivae(arguments()))
     finally:
