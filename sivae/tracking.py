@@ -53,7 +53,7 @@ class Tracker:
             terminal = sys.stderr.isatty()
             self.bar = tqdm(
                 total=self.total_images, unit=" images", unit_scale=True, dynamic_ncols=terminal,
-                mininterval=0.2 if terminal else 15.0, initial=images_seen, file=sys.stderr, desc="train",
+                mininterval=0.2 if terminal else 30.0, initial=images_seen, file=sys.stderr if terminal else _Lines(), desc="train",
             )  # fmt: skip
 
     def advance(self, images: int) -> None:
@@ -164,6 +164,16 @@ class Tracker:
         with open(f"{path}.part", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(f"{path}.part", path)
+
+
+class _Lines:
+    """Where there is no terminal, as in a job's log, every state of the progress bar is a line of its own."""
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text.replace("\r", "\n"))
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 @contextmanager

@@ -86,7 +86,10 @@ def test_batch_that_does_not_divide_over_ranks(arguments):
 
 def test_a_second_run_in_the_same_directory(arguments, tmp_path):
     first = subprocess.Popen(
-        sivae_command(arguments("schedule.total_images=64000", "data.num_workers=2")), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+        sivae_command(arguments("schedule.total_images=64000", "data.num_workers=2")),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
     )
     try:
         deadline = time.monotonic() + TIMEOUT_SEC
