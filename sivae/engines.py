@@ -57,7 +57,7 @@ class Engine:
         deepspeed = _import_deepspeed(group.device)
         self.group, self.zero_stage, self.network = group, zero_stage, network.to(group.device)
         wrapped = _PhaseModule(self.network, precision == "bfloat16", group.device.type)
-        self.offload, self.accumulation, self.found_inf = offload_optimizer, accumulation, found_inf
+        self.offload = offload_optimizer
         if offload_optimizer:
             optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
                 wrapped.parameters(), lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay
@@ -130,9 +130,8 @@ class Engine:
             else:
                 self.average_buffers[name].copy_(buffer)
 
-    # State as whole tensors; every method below is a collective under ZeRO 1 to 3: all ranks call it
-
-    # With `main_only` the tensors are copied to the CPU of rank 0 alone, and the others get an empty dict.
+    # State as whole tensors. Every method below is a collective: all ranks call it. With `main_only` the tensors are
+    # copied to the CPU of rank 0 alone.
 
     def state_dict(self, main_only: bool = False) -> dict[str, Tensor]:
         """Weights and buffers by name, on the CPU. Floating buffers are averaged over the ranks, in place too."""

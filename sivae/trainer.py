@@ -58,8 +58,9 @@ class Result:
 def train(settings: Config, report: Report = lambda metrics, name: None) -> Result:
     """Train until `schedule.total_images`, resuming from the newest checkpoint of `run.directory`.
 
-    `report(metrics, checkpoint)` is called on every rank whenever scalars are logged, with the newest checkpoint's name or None, or a checkpoint was saved; it is all that an orchestrator sees. When it returns True on any rank, the run saves and
-    stops as it does on a signal. Raises UserError or ConfigError with one clear sentence.
+    `report(metrics, checkpoint)` is all that an orchestrator sees: called on every rank whenever scalars are logged or a
+    checkpoint is saved, with the last metrics and the newest checkpoint's name (None before the first). When it returns True
+    on any rank, the run saves and stops as it does on a signal. Raises UserError or ConfigError with one clear sentence.
     """
     if settings.run.cpu_threads is not None:
         torch.set_num_threads(settings.run.cpu_threads)
@@ -187,11 +188,11 @@ class Trainer:
         self.steps += 1
         self.images_seen = end
         self.tracker.advance(self.batch_size)
-        # Also where the warm-up ends: until then nothing used the target, which may be as old as the run.
-        if self._due(getattr(settings.objective, "target_refresh_images", total)) or (
-            warm_up and end >= settings.objective.vae_images
-        ):
-            state.refresh_target()
+        if state.target is not None:
+            # Also where the warm-up ends: until then nothing used the target, which may be as old as the run.
+            warmed_up = warm_up and end >= settings.objective.vae_images
+            if warmed_up or self._due(settings.objective.target_refresh_images):
+                state.refresh_target()
 
     def _passes(self, batch: Batch) -> list[Pass]:
         """This rank's images in accumulation passes, each with the draws of its image numbers."""
