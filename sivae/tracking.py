@@ -100,7 +100,8 @@ class Tracker:
             key: value if isinstance(value, (bool, int, float, str)) else str(value)
             for key, value in _flatten(settings).items()
         }
-        for summary in hparams(flat, {f"final/{name.split('/')[-1]}": value for name, value in metrics.items()}):
+        # The table takes each metric's last value from the scalars of the same name.
+        for summary in hparams(flat, metrics):
             with _disk_errors(self.run.url):
                 self.writer.file_writer.add_summary(summary)
 

@@ -119,6 +119,7 @@ def test_run_directory_holds_settings_versions_and_pictures_but_no_secrets(run, 
 
 def test_tensorboard_shows_scalars_pictures_histograms_settings_and_hparams(run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     _, _, lines = run("tracking.tensorboard=true")
     log = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0, "histograms": 0})
@@ -131,7 +132,11 @@ def test_tensorboard_shows_scalars_pictures_histograms_settings_and_hparams(run,
     )
     assert tags["images"] == ["samples"] and set(tags["histograms"]) == {"latent/mu", "latent/logvar"}
     assert "settings/text_summary" in tags["tensors"]
-    assert "_hparams_/experiment" in log.summary_metadata
+    content = log.summary_metadata["_hparams_/experiment"].plugin_data.content
+    metrics = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}
+    assert "loss/loss_encoder" in metrics and metrics <= set(tags["scalars"]), (
+        "the table shows the last value of a scalar"
+    )
 
 
 def test_pictures_use_the_same_images_and_latents_each_time(run, tmp_path):
