@@ -28,7 +28,7 @@ from sivae import (
     schedule,
 )
 from sivae.config import Config
-from sivae.data import Batch, open_stream
+from sivae.data import Batch, ImageStream, open_stream
 from sivae.distributed import Group
 from sivae.errors import UserError, shown
 from sivae.signals import StopSignals
@@ -296,18 +296,24 @@ class Trainer:
         self.lock = run_directory.lock(self.folder)
         run_directory.prepare(self.folder, self.settings, self.group.world_size)
 
-    def _open_stream(self):
+    def _open_stream(self) -> ImageStream:
+        """On every rank by itself; what one cannot open is an error of all."""
         data, model, group = self.settings.data, self.settings.model, self.group
-        stream = open_stream(
-            data.url, resolution=model.resolution, num_channels=model.num_channels, batch_size=self.batch_size, rank=group.rank,
-            world_size=group.world_size, seed=self.settings.run.seed, num_workers=data.num_workers, flip=data.flip,
-            pin_memory=group.device.type == "cuda", storage_options=data.storage_options, timeout_sec=data.timeout_sec,
-            cache_dir=data.cache_dir, progress=group.is_main,
-        )  # fmt: skip
-        if model.num_classes and (stream.num_classes or 0) != model.num_classes:
-            raise UserError(
-                f"model.num_classes: is {model.num_classes}, but {data.url} has {stream.num_classes or 'no'} classes"
-            )
+        stream, failure = None, None
+        try:
+            stream = open_stream(
+                data.url, resolution=model.resolution, num_channels=model.num_channels, batch_size=self.batch_size, rank=group.rank,
+                world_size=group.world_size, seed=self.settings.run.seed, num_workers=data.num_workers, flip=data.flip,
+                pin_memory=group.device.type == "cuda", storage_options=data.storage_options, timeout_sec=data.timeout_sec,
+                cache_dir=data.cache_dir, progress=group.is_main,
+            )  # fmt: skip
+            if model.num_classes and (stream.num_classes or 0) != model.num_classes:
+                raise UserError(
+                    f"model.num_classes: is {model.num_classes}, but {data.url} has {stream.num_classes or 'no'} classes"
+                )
+        except UserError as error:
+            failure = error
+        group.agree(False, failure)
         return stream
 
     def _save(self) -> None:

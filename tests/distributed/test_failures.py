@@ -81,7 +81,7 @@ def test_batch_larger_than_the_set(arguments):
 def test_batch_that_does_not_divide_over_ranks(arguments):
     done = run_sivae(arguments("schedule.batch_size=15"), ranks=2)
     assert done.returncode != 0
-    assert "15 images do not divide over 2 ranks" in done.stderr
+    assert done.stderr.count("15 images do not divide over 2 ranks") == 1
 
 
 def test_a_second_run_in_the_same_directory(arguments, tmp_path):
@@ -137,6 +137,11 @@ def test_missing_config():
 
 def test_missing_data(arguments, tmp_path):
     assert "sivae pack" in refused(run_sivae(arguments(f"data.url={tmp_path / 'nothing'}")))
+
+
+def test_what_all_ranks_find_is_said_once(arguments, tmp_path):
+    done = run_sivae(arguments(f"data.url={tmp_path / 'nothing'}"), ranks=2)
+    assert done.returncode != 0 and done.stderr.count("sivae: error") == 1, done.stderr
 
 
 def test_run_directory_that_cannot_be_written(arguments, tmp_path):
