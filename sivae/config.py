@@ -62,15 +62,25 @@ class RunSettings(Section):
 
 class DataSettings(Section):
     url: str = Field(min_length=1)
-    """Folder or fsspec URL of a packed set (see `sivae pack`), or `digits:` for the set inside scikit-learn."""
+    """Folder or fsspec URL of a packed set or pyramid (see `sivae pack`), or `digits:` for the set inside scikit-learn."""
+    split: str = Field("train", min_length=1)
+    """Which part of the set to train on, by its name in the index, or `all`."""
     num_workers: int = Field(2, ge=0)
     """Processes per rank that read and decode ahead; 0 reads in the training process."""
     flip: bool = False
     """Mirror half of the images, chosen by (seed, epoch, sample)."""
+    random_crop: bool = False
+    """Cut images of model.resolution out of a set that is packed larger, at a place chosen by (seed, epoch, sample)."""
+    on_corrupt: Literal["raise", "substitute"] = "raise"
+    """A sample that is damaged in storage stops the run, or another one, chosen by (seed, epoch, sample), stands in for
+    it and is counted as data/substituted. Storage that does not answer always stops it."""
     cache_dir: str | None = None
-    """Where `digits:` is packed; None means $SIVAE_CACHE or ~/.cache/sivae."""
+    """A folder on this node for remote shards and for `digits:`; None means $SIVAE_CACHE or ~/.cache/sivae."""
+    cache_bytes: int = Field(0, ge=0)
+    """Keep so many bytes of remote shards in cache_dir, for all processes and runs of the node; 0 keeps none."""
     timeout_sec: float = Field(120.0, gt=0)
-    """A read or a worker that is silent for so long is an error, never a hang."""
+    """How long one attempt at a read may take. After five attempts, or when a worker stays silent for longer than they
+    may take, the run stops with an error: it never hangs."""
     storage_options: dict[str, Any] | None = None
     """Passed to fsspec for `url` (endpoint, credentials). Never written to disk."""
 

@@ -88,8 +88,8 @@ def _check_config(path: str, overrides: list[str], line) -> None:
     try:
         data = settings.data
         stream = open_stream(
-            data.url, resolution=settings.model.resolution, num_channels=settings.model.num_channels, cache_dir=data.cache_dir,
-            batch_size=settings.schedule.batch_size, storage_options=data.storage_options, timeout_sec=data.timeout_sec,
+            **data.model_dump(), resolution=settings.model.resolution, num_channels=settings.model.num_channels,
+            batch_size=settings.schedule.batch_size,
         )  # fmt: skip
         stream.sample([0, len(stream) - 1])
         line(True, f"data.url {data.url}: {len(stream):,} images, the first and the last can be read")

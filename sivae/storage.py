@@ -1,39 +1,117 @@
-"""Files on any fsspec URL: local folders, s3://, gs://, memory://."""
+"""Files on any fsspec URL: local folders, s3://, gs://, http(s)://, memory://. One rule for all of it: a network is
+tried again, nothing waits for ever, and what is left of a failure is one clear sentence."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import posixpath
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import fsspec
+import fsspec.asyn
 
 from sivae.errors import UserError, shown
 
+MAX_OPEN_FILES = 256  # descriptors that one reader of local ranges keeps
+STUCK_SEC = 5  # beyond a time limit, until an event loop that does not even give up is left alone
+UPLOAD_BYTES_PER_SEC = 1e6  # what the slowest upload may need, added to its time limit
+
+# Another try cannot help these: the name is wrong, access is denied, or an option is.
+PERMANENT = (
+    FileNotFoundError,
+    PermissionError,
+    NotADirectoryError,
+    IsADirectoryError,
+    ImportError,
+    ValueError,
+    TypeError,
+)
+
 
 class Folder:
-    """A folder at a path or URL. Failures of the storage become one clear sentence."""
+    """A folder at a local path or any fsspec URL.
 
-    def __init__(self, url: str, storage_options: dict[str, Any] | None = None):
-        self.url = str(url).rstrip("/") or "/"
-        try:
-            self.fs, self.path = fsspec.core.url_to_fs(self.url, **(storage_options or {}))
-        except (ValueError, ImportError, OSError) as error:
-            raise UserError(
-                f"{shown(self.url)}: cannot be opened ({shown(error)}); the extras sivae[s3] and sivae[gcs] hold the drivers of object stores"
-            ) from None
-        self.is_local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
-        self._options = storage_options
+    storage_options: fsspec's (endpoint, credentials); None takes what the environment says. timeout_sec: how long one
+    attempt may take, on transports that are asynchronous (s3, gs, http, abfs). retries: further attempts after the first,
+    waiting backoff_sec, then twice that, and so on, each up to doubled at random so that many ranks do not come back at
+    once. Local files are tried once.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike,
+        storage_options: dict[str, Any] | None = None,
+        *,
+        timeout_sec: float = 60,
+        retries: int = 4,
+        backoff_sec: float = 0.5,
+    ):
+        url = os.fspath(url)
+        self.url = url.rstrip("/") or url[:1]
+        self.options = dict(storage_options or {})
+        self.timeout_sec, self.retries, self.backoff_sec = timeout_sec, retries, backoff_sec
+        protocol = fsspec.utils.get_protocol(self.url)
+        self.is_local, self.is_web = protocol in ("file", "local"), protocol in ("http", "https")
+        self._opened, self._pid = None, None
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
+
+    @property
+    def attempts(self) -> int:
+        return 1 if self.is_local else self.retries + 1
+
+    @property
+    def patience_sec(self) -> float:
+        """The longest that one `read_ranges` can take before it gives up."""
+        return self.attempts * self.timeout_sec + 2 * self.backoff_sec * (2 ** (self.attempts - 1) - 1)
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        return self._open()[0]
+
+    @property
+    def path(self) -> str:
+        """Where the folder lies on `fs`."""
+        return self._open()[1]
 
     def join(self, *names: str) -> str:
         return posixpath.join(self.path, *names)
 
     def folder(self, *names: str) -> Folder:
-        return Folder(posixpath.join(self.url, *names), self._options)
+        return self.sibling(posixpath.join(self.url, *names))
+
+    def sibling(self, url: str) -> Folder:
+        """Another folder, with the same options and patience."""
+        settings = {"timeout_sec": self.timeout_sec, "retries": self.retries, "backoff_sec": self.backoff_sec}
+        return Folder(url, self.options, **settings)
+
+    # Whole files; every failure is a UserError
 
     def exists(self, *names: str) -> bool:
-        return self._guard("look at", lambda: self.fs.exists(self.join(*names)), *names)
+        return self._guard("look at", lambda: self._exists(self.join(*names)), *names)
+
+    def size(self, *names: str) -> int | None:
+        """Bytes of a file; None when it is not there."""
+
+        def look() -> int | None:
+            path = self.join(*names)
+            self.fs.invalidate_cache()
+            try:
+                size = self.fs.info(path, **self._limit())["size"]
+            except FileNotFoundError:
+                if not self.is_web or not self._exists(path):
+                    return None
+                size = None  # fsspec takes any failure of a web server for a file that is not there
+            if size is None:
+                raise OSError("the server does not say how large it is")
+            return size
+
+        return self._guard("look at", look, *names)
 
     def names(self, *names: str) -> list[str]:
         """Names of the entries of a subfolder; empty when it is not there."""
@@ -41,22 +119,26 @@ class Folder:
         def listing() -> list[str]:
             path = self.join(*names)
             self.fs.invalidate_cache()
-            if not self.fs.isdir(path):
+            try:
+                if not self.is_web and not self.fs.isdir(path, **self._limit()):
+                    return []
+                entries = self.fs.ls(path, detail=False, **self._limit())
+            except FileNotFoundError:
                 return []
-            return sorted(posixpath.basename(entry.rstrip("/")) for entry in self.fs.ls(path, detail=False))
+            return sorted(posixpath.basename(entry.rstrip("/")) for entry in entries)
 
         return [name for name in self._guard("list", listing, *names) if name]
 
     def read(self, *names: str) -> bytes:
-        return self._guard("read", lambda: self.fs.cat_file(self.join(*names)), *names)
+        return self._guard("read", lambda: self.fs.cat_file(self.join(*names), **self._limit()), *names)
 
     def write(self, data: bytes, *names: str) -> None:
         """Write a file so that it appears whole or not at all: locally under another name first and then moved."""
 
         def put() -> None:
             path = self.join(*names)
-            if not self.is_local:
-                self.fs.pipe_file(path, data)
+            if not self.is_local:  # object stores show an object only once it is complete
+                self.fs.pipe_file(path, data, **self._limit(len(data)))
                 return
             os.makedirs(os.path.dirname(path), exist_ok=True)
             part = f"{path}.part-{os.getpid()}"
@@ -73,27 +155,193 @@ class Folder:
 
         self._guard("write", put, *names)
 
+    def upload(self, local_path: str, *names: str) -> None:
+        """Copy a local file to an object store; on a local folder move it into place, for which it must be on the same disk."""
+
+        def put() -> None:
+            if self.is_local:
+                os.makedirs(os.path.dirname(self.join(*names)), exist_ok=True)
+                os.replace(local_path, self.join(*names))
+            else:
+                self.fs.put_file(local_path, self.join(*names), **self._limit(os.path.getsize(local_path)))
+
+        self._guard("write", put, *names)
+
     def remove(self, *names: str) -> None:
         """Delete a file or a whole subfolder; nothing happens when it is not there."""
 
         def delete() -> None:
             path = self.join(*names)
-            if self.fs.exists(path):
-                self.fs.rm(path, recursive=True)
+            if self._exists(path):
+                self.fs.rm(path, recursive=True, **self._limit())
 
         self._guard("delete", delete, *names)
 
-    def _guard(self, verb: str, work, *names: str):
+    def _exists(self, path: str) -> bool:
+        self.fs.invalidate_cache()
+        # Without `strict` a web server that fails is taken for one that has no such file.
+        return self.fs.exists(path, **({"strict": True} if self.is_web else {}), **self._limit())
+
+    # Byte ranges; failures are handed back
+
+    def read_ranges(self, ranges: list[tuple], check: Callable) -> tuple[list[bytes], list[tuple]]:
+        """Read the ranges (name, start, stop); start and stop None means the whole file.
+
+        check(i, data) returns what is wrong with the bytes of range i, or None. Returns the bytes of every
+        range, and as second the problems that are left: pairs (i, exception or what check said). Wrong
+        bytes are asked for again like a failed request, for a proxy or a dying disk can answer anything.
+        """
+        done: dict[int, bytes] = {}
+        problems: dict = dict.fromkeys(range(len(ranges)))
+        waiting = list(problems)
+        for attempt in range(self.attempts):
+            if attempt:
+                self._pause(attempt)
+            for i, data in zip(waiting, self._fetch([ranges[i] for i in waiting])):
+                problems[i] = data if isinstance(data, Exception) else check(i, data)
+                if problems[i] is None:
+                    done[i] = data
+                    del problems[i]
+            waiting = [i for i, problem in problems.items() if not permanent(problem)]
+            if not waiting:
+                break
+        return [done.get(i, b"") for i in range(len(ranges))], sorted(problems.items(), key=lambda pair: pair[0])
+
+    def _fetch(self, ranges: list[tuple]) -> list:
+        """Bytes or the exception of each range, from one attempt."""
+        if self.is_local:
+            return [self._fetch_local(*r) for r in ranges]
+        requests = [(self.join(name), start, stop) for name, start, stop in ranges]
         try:
-            return work()
-        except Exception as error:  # noqa: BLE001 (drivers raise their own kinds; all become a sentence)
-            where = shown(posixpath.join(self.url, *names))
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if self.fs.async_impl:
+                return fsspec.asyn.sync(self.fs.loop, self._all, requests, timeout=self.timeout_sec + STUCK_SEC)
+            return self.fs.cat_ranges(*map(list, zip(*requests)), on_error="return")
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001 - each transport has its own, and most come and go
+            return [error] * len(ranges)
+
+    async def _all(self, requests: list[tuple]) -> list:
+        """All in flight together, and each given up by itself: fsspec's cat_ranges would lose the good with the bad, and
+        leave the requests that it gives up on their connections, of which there are few."""
+
+        async def read(request: tuple) -> bytes:
+            path, start, stop = request
+            try:
+                return await asyncio.wait_for(self.fs._cat_file(path, start=start, end=stop), self.timeout_sec)
+            except asyncio.TimeoutError:
+                raise TimeoutError(f"no whole answer within {self.timeout_sec:g} s") from None
+
+        return await asyncio.gather(*map(read, requests), return_exceptions=True)
+
+    def _fetch_local(self, name: str, start: int | None, stop: int | None):
+        try:
+            descriptor = self._descriptor(name)
+            if start is None:
+                start, stop = 0, os.fstat(descriptor).st_size
+            parts = []
+            while start < stop and (part := os.pread(descriptor, stop - start, start)):
+                parts.append(part)  # a network mount may hand out less than was asked
+                start += len(part)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        except OSError as error:
+            return error
+
+    def _descriptor(self, name: str) -> int:
+        if name not in self._descriptors:
+            self._descriptors[name] = os.open(self.join(name), os.O_RDONLY)
+            if len(self._descriptors) > MAX_OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors.move_to_end(name)
+        return self._descriptors[name]
+
+    # How
+
+    def _open(self) -> tuple:
+        """The filesystem and the folder's path on it, opened by the process that uses them.
+
+        One opened before a fork shares its sockets and an event loop whose thread is gone: a child opens
+        its own, outside fsspec's cache of instances.
+        """
+        if self._opened is None or self._pid != os.getpid():
+            try:
+                options = self.options | {"skip_instance_cache": True}
+                self._opened, self._pid = fsspec.core.url_to_fs(self.url, **options), os.getpid()
+            except (ImportError, ValueError, TypeError, OSError) as error:
                 raise UserError(
-                    f"{where}: cannot {verb}, the disk is full ({os.strerror(error.errno)}); free space and run the same command again"
-                ) from error
-            if isinstance(error, FileNotFoundError):
-                raise UserError(f"{where}: cannot {verb}, there is no such file or folder") from error
-            raise UserError(
-                f"{where}: cannot {verb} ({type(error).__name__}: {shown(' '.join(str(error).split()))})"
-            ) from error
+                    f"{shown(self.url)}: cannot be opened ({self._private(shown(error))}); check the URL and the storage_options; "
+                    "the extras sivae[s3], sivae[gcs] and sivae[http] hold the drivers"
+                ) from None
+        return self._opened
+
+    def _limit(self, num_bytes: int = 0) -> dict[str, float]:
+        """`timeout` is fsspec's own argument for waiting on its event loop; the other filesystems know none."""
+        return {"timeout": self.timeout_sec + num_bytes / UPLOAD_BYTES_PER_SEC} if self.fs.async_impl else {}
+
+    def _pause(self, attempt: int) -> None:
+        time.sleep(self.backoff_sec * 2 ** (attempt - 1) * (1 + random.random()))
+
+    def _guard(self, verb: str, work: Callable, *names: str):
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return work()
+            except UserError:
+                raise
+            except Exception as error:  # noqa: BLE001 (drivers raise their own kinds; all become a sentence)
+                if attempt < self.attempts and not permanent(error):
+                    self._pause(attempt)
+                    continue
+                where = shown(posixpath.join(self.url, *names))
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise UserError(
+                        f"{where}: cannot {verb}, the disk is full ({os.strerror(error.errno)}); free space and run the same command again"
+                    ) from error
+                if isinstance(error, FileNotFoundError):
+                    raise UserError(f"{where}: cannot {verb}, there is no such file or folder") from error
+                tried = f", tried {attempt} times" if attempt > 1 else ""
+                raise UserError(f"{where}: cannot {verb} ({self.reason(error)}{tried})") from error
+
+    def reason(self, error: BaseException) -> str:
+        """What went wrong in few words, without credentials."""
+        return self._private(reason(error))
+
+    def _private(self, text: str) -> str:
+        """A driver's text without the values of storage_options, some of which are keys and tokens."""
+        for value in _secrets(self.options):
+            text = text.replace(value, "...")
+        return text
+
+    def __getstate__(self):  # another process opens its own
+        return self.__dict__ | {"_opened": None, "_descriptors": OrderedDict()}
+
+    def __del__(self):
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)
+
+
+def permanent(problem) -> bool:
+    """Whether another try cannot help: a kind of PERMANENT, a full disk, or an HTTP status that says so."""
+    status = getattr(problem, "status", None)
+    # 403 is worth another try: busy servers of files say it to who asks too often. 400 is also aiohttp's word for bytes
+    # that are no HTTP.
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in (400, 403, 408, 425, 429)
+    full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return refused or full or isinstance(problem, PERMANENT)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in few words, without the credentials of URLs; `Folder.reason` hides those of its options too."""
+    if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
+        return f"access is denied, check the credentials: {type(error).__name__} {_one_line(error)}".strip()
+    return f"{type(error).__name__}: {_one_line(error)}".rstrip(": ")
+
+
+def _one_line(error: BaseException) -> str:
+    return shown(" ".join(str(error).split()))[:300]
+
+
+def _secrets(options: Any) -> list[str]:
+    """All texts in storage_options that are long enough to be one, but for addresses, which errors must name."""
+    if isinstance(options, dict):
+        return [text for key, value in options.items() for text in _secrets(value) if not str(key).endswith("url")]
+    return [options] if isinstance(options, str) and len(options) >= 6 else []

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sivae.errors import UserError, shown
 from sivae.images import png_bytes
+from sivae.progress import progress_bar
 from sivae.storage import Folder
 
 logger = logging.getLogger("sivae")
@@ -50,11 +51,7 @@ class Tracker:
                 self.writer = SummaryWriter(os.path.join(self.local, "tensorboard"), purge_step=purge)
                 self.writer.add_text("settings", f"```yaml\n{self.settings_yaml}```", images_seen)
         if self.wants_progress and self.bar is None:
-            terminal = sys.stderr.isatty()
-            self.bar = tqdm(
-                total=self.total_images, unit=" images", unit_scale=True, dynamic_ncols=terminal,
-                mininterval=0.2 if terminal else 30.0, initial=images_seen, file=sys.stderr if terminal else _Lines(), desc="train",
-            )  # fmt: skip
+            self.bar = progress_bar(self.total_images, "train", " images", initial=images_seen)
 
     def advance(self, images: int) -> None:
         if self.bar is not None:
@@ -70,7 +67,10 @@ class Tracker:
                 for name, value in values.items():
                     self.writer.add_scalar(name, value, images_seen)
         if self.bar is not None:
-            short_names = {"loss_encoder": "enc", "loss_decoder": "dec", "rec": "rec", "kl_real": "kl", "kl_gap": "gap"}
+            short_names = {
+                "loss_encoder": "enc", "loss_decoder": "dec", "rec": "rec", "kl_real": "kl", "kl_gap": "gap",
+                "substituted": "substituted",
+            }  # fmt: skip
             named = {name.split("/")[-1]: value for name, value in values.items()}
             self.bar.set_postfix(
                 {short: f"{named[name]:.4g}" for name, short in short_names.items() if name in named}, refresh=False
@@ -165,16 +165,6 @@ class Tracker:
         with open(f"{path}.part", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(f"{path}.part", path)
-
-
-class _Lines:
-    """Where there is no terminal, as in a job's log, every state of the progress bar is a line of its own."""
-
-    def write(self, text: str) -> None:
-        sys.stderr.write(text.replace("\r", "\n"))
-
-    def flush(self) -> None:
-        sys.stderr.flush()
 
 
 @contextmanager

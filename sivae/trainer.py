@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sivae import (
     __version__,
@@ -38,6 +39,7 @@ from sivae.storage import Folder
 from sivae.tracking import Tracker
 
 logger = logging.getLogger("sivae")
+MAX_NOTES = 20  # lines about damaged samples from one process; the count goes on
 KL_GAP_PATIENCE = 10  # log lines in a row with a negative KL gap before the warning
 ADVICE = "what usually helps: raise objective.beta_neg, lower the learning rates, or begin with objective.vae_images"
 
@@ -83,6 +85,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.picture: str | None = None
         self.negative_gaps = 0
+        self.substituted, self.new_substituted, self.notes_left = 0, 0, MAX_NOTES
         self.stop_asked = False
         if found is not None:
             self._restore(found)
@@ -165,7 +168,23 @@ class Trainer:
                 failure = error
         stopping = self.group.agree(stopping or stop.requested, failure)
         self.data_wait_sec += time.monotonic() - start
-        return None if stopping else batch
+        if stopping:
+            return None
+        self._note_substituted(batch.substituted)
+        return batch
+
+    def _note_substituted(self, messages: tuple[str, ...]) -> None:
+        self.new_substituted += len(messages)
+        for message in messages[: self.notes_left]:
+            tqdm.write(f"sivae: another sample stands in: {message}", file=sys.stderr)
+        self.notes_left -= len(messages[: self.notes_left])
+
+    def _count_substituted(self) -> None:
+        """Of all ranks, since the run began."""
+        if self.settings.data.on_corrupt == "substitute":
+            new = self.group.mean(torch.tensor(float(self.new_substituted), device=self.group.device))
+            self.substituted += round(new.item() * self.group.world_size)
+            self.new_substituted = 0
 
     def _step(self, batch: Batch) -> None:
         settings, state, start = self.settings, self.state, self.images_seen
@@ -258,6 +277,9 @@ class Trainer:
             "speed/data_wait_fraction": self.data_wait_sec / elapsed,
             "memory/peak_bytes": peak_memory_bytes(self.group.device),
         }
+        if self.settings.data.on_corrupt == "substitute":
+            self._count_substituted()
+            self.metrics["data/substituted"] = self.substituted
         self.group.on_main(lambda: self.tracker.scalars(self.metrics, self.images_seen))
         self._start_interval()
 
@@ -302,10 +324,9 @@ class Trainer:
         stream, failure = None, None
         try:
             stream = open_stream(
-                data.url, resolution=model.resolution, num_channels=model.num_channels, batch_size=self.batch_size, rank=group.rank,
-                world_size=group.world_size, seed=self.settings.run.seed, num_workers=data.num_workers, flip=data.flip,
-                pin_memory=group.device.type == "cuda", storage_options=data.storage_options, timeout_sec=data.timeout_sec,
-                cache_dir=data.cache_dir, progress=group.is_main,
+                **data.model_dump(), resolution=model.resolution, num_channels=model.num_channels, batch_size=self.batch_size,
+                rank=group.rank, world_size=group.world_size, seed=self.settings.run.seed, pin_memory=group.device.type == "cuda",
+                progress=group.is_main,
             )  # fmt: skip
             if model.num_classes and (stream.num_classes or 0) != model.num_classes:
                 raise UserError(
@@ -320,9 +341,10 @@ class Trainer:
         """Gathered on all ranks, written by rank 0; its failure is raised on all."""
         if self.saved is not None and self.saved.images_seen == self.images_seen:
             return
+        self._count_substituted()
         tensors = self.state.tensors()
         state = {
-            "images_seen": self.images_seen, "attempt": self.attempt, "negative_gaps": self.negative_gaps, "model": self.settings.model.model_dump(mode="json"),
+            "images_seen": self.images_seen, "attempt": self.attempt, "negative_gaps": self.negative_gaps, "substituted": self.substituted, "model": self.settings.model.model_dump(mode="json"),
             "objective": self.settings.objective.model_dump(mode="json"), "seed": self.settings.run.seed,
             "data": {"url": shown(self.settings.data.url), "digest": self.stream.digest}, "version": __version__,
         }  # fmt: skip
@@ -362,6 +384,7 @@ class Trainer:
         self.state.restore(found.tensors)
         self.images_seen, self.attempt = found.images_seen, found.state["attempt"]
         self.negative_gaps = found.state["negative_gaps"]
+        self.substituted, self.new_substituted = found.state["substituted"], 0
         self.saved = checkpoint.Checkpoint(found.name, found.state, {})
 
     def _due(self, every_images: int) -> bool:

@@ -1,21 +1,28 @@
 """The index of a packed set: where each sample lies, and what its bytes must be. One `index.json` beside
 the shards, written last, so that a set with an index is whole."""
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from sivae.data.shards import Storage
 from sivae.errors import UserError, shown
+from sivae.storage import Folder
 
 FILE_NAME = "index.json"
-FORMAT, VERSION = "sivae-shards", 1
-IMAGE_FORMATS = ("png",)
+COLUMNS = ("offset", "size", "crc32", "label")
+FORMAT, VERSION = "sivae-shards", 2
+IMAGE_FORMATS = ("png", "qoi", "webp", "jpeg")
 MAX_RESOLUTION = 16384  # with the checks of sizes below, bounds what a hostile index makes a reader allocate
+
+
+class NoIndex(UserError):
+    """There is no index where one was looked for."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Shard:
     count: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Index:
     """A packed set of N square images. Samples are numbered in the order of (shard, offset)."""
 
@@ -35,13 +42,19 @@ class Index:
     num_channels: int  # 1 or 3
     num_classes: int | None  # None: no labels
     image_format: str  # the encoding of every sample, one of IMAGE_FORMATS
+    quality: int | None = None  # 0..100 of a lossy encoding; None: lossless, or not known
+    crop: str = ""  # how the images were cut to squares; "" when that is not known
+    filter: str = ""  # how they were resized: "lanczos", "box", ...; "" when that is not known
     source: str  # where the images came from
-    licence: str  # their licence and attribution; "" when the source has none
+    licence: str = ""  # their licence and attribution; "" when the source has none
+    splits: dict[str, int]  # split -> samples, in their order: the first so many samples, then the next, ...
+    skipped: tuple[str, ...] = ()  # the images that could not be packed, each with the reason
+    base: str | None = None  # folder or URL of the shards; None: the index lies beside them
     shards: tuple[Shard, ...]
     key: list[str]  # [N], unique: the name of each sample inside its tar
     offset: np.ndarray  # int64 [N]: where the encoded image begins in its shard, in bytes
     size: np.ndarray  # int64 [N]: its length, in bytes
-    crc32: np.ndarray  # int64 [N]: zlib.crc32 of it
+    crc32: np.ndarray | None  # int64 [N]: zlib.crc32 of it; None in an index made from headers alone
     label: np.ndarray | None  # int64 [N] in [0, num_classes), or None
 
     @cached_property
@@ -67,61 +80,86 @@ class Index:
         """A sample as errors name it."""
         return f"sample {self.key[sample]} of {self.shards[self.shard[sample]].name}"
 
-    @classmethod
-    def load(cls, url, storage_options: dict | None = None, **storage_settings) -> "Index":
-        """Read and check the index of the set at a URL; storage_settings are those of Storage.
+    def split(self, name: str) -> "Index":
+        """The set that one split is by itself, or for `all` this one. Raises UserError when there is no such split."""
+        if name == "all":
+            return self
+        if name not in self.splits:
+            have = ", ".join(f"{split} ({count:,} images)" for split, count in self.splits.items())
+            raise UserError(f"data.split: there is no split {name!r} in this set, it has {have}; or take `all`")
+        if len(self.splits) == 1:
+            return self
+        names = list(self.splits)
+        first = sum(self.splits[other] for other in names[: names.index(name)])
+        rows = slice(first, first + self.splits[name])
+        shards = slice(self.shard[rows.start], self.shard[rows.stop - 1] + 1)
 
-        Raises UserError when there is none, or when any part of it is not as `dump` writes it.
+        def cut(column):
+            return None if column is None else column[rows]
+
+        return dataclasses.replace(
+            self, splits={name: self.splits[name]}, shards=self.shards[shards], key=self.key[rows], offset=cut(self.offset),
+            size=cut(self.size), crc32=cut(self.crc32), label=cut(self.label),
+        )  # fmt: skip
+
+    def shard_folder(self, folder: Folder) -> Folder:
+        """Where the shards lie, for an index that was loaded from `folder`."""
+        if self.base is None:
+            return folder
+        shards = folder.sibling(self.base)
+        if shards.is_local and not folder.is_local:
+            raise UserError(
+                f"the index at {shown(folder.url)} names shards on this machine's disk; a remote index may not"
+            )
+        return shards
+
+    @classmethod
+    def load(cls, folder: Folder) -> "Index":
+        """Read and check the index in a folder.
+
+        Raises NoIndex when there is none, and UserError when any part of it is not as `dump` writes it.
         """
-        storage, parsed = Storage(url, storage_options, **storage_settings), []
+        where, parsed = f"{shown(folder.url)}/{FILE_NAME}", []
 
         def check(_, data: bytes):
             try:
-                parsed.append(parse(data, f"{shown(url)}/{FILE_NAME}"))
+                parsed.append(parse(data, where))
             except UserError as error:  # may be the transport's fault: let it be read again
                 return error
             return None
 
-        _, problems = storage.read([(FILE_NAME, None, None)], check)
+        _, problems = folder.read_ranges([(FILE_NAME, None, None)], check)
         for _, problem in problems:
             if isinstance(problem, (FileNotFoundError, NotADirectoryError)):
-                raise UserError(
-                    f"there is no packed image set at {shown(url)} (no {FILE_NAME} in it); "
-                    "make one with `sivae pack SOURCE DEST --resolution R`"
+                raise NoIndex(
+                    f"there is no packed image set at {shown(folder.url)} (no {FILE_NAME} in it); make one with "
+                    "`sivae pack SOURCE DEST --resolution R`, or for shards made by others `sivae index URLS`"
                 )
             if isinstance(problem, UserError):
                 raise problem
             raise UserError(
-                f"cannot read {shown(url)}/{FILE_NAME}: {type(problem).__name__} {shown(problem)}"
-                "; check the URL, the network and the credentials"
+                f"cannot read {where}: {folder.reason(problem)}; check the URL, the network and the credentials"
             )
         return parsed[-1]
 
-    def dump(self, url, storage_options: dict | None = None):
+    def dump(self, folder: Folder):
         """Write the index beside its shards, whole or not at all."""
-        storage = Storage(url, storage_options)
-        data, path = _canonical(self._content() | {"digest": self.digest}), storage.path(FILE_NAME)
-        if storage.is_local:
-            storage.fs.pipe_file(f"{path}.tmp", data)
-            storage.fs.mv(f"{path}.tmp", path)
-        else:
-            storage.fs.pipe_file(path, data)  # object stores show an object only once it is complete
+        folder.write(_canonical(self._content() | {"base": self.base, "digest": self.digest}), FILE_NAME)
 
     def _content(self) -> dict:
-        columns = {"offset": self.offset, "size": self.size, "crc32": self.crc32, "label": self.label}
-        samples = {k: None if column is None else column.tolist() for k, column in columns.items()}
-        return {
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        columns = {name: settings.pop(name) for name in ("key", *COLUMNS)}
+        del settings["base"]  # the same set, wherever its shards lie
+        return settings | {
             "format": FORMAT,
             "version": VERSION,
-            "image_format": self.image_format,
             "count": self.count,
-            "resolution": self.resolution,
-            "num_channels": self.num_channels,
-            "num_classes": self.num_classes,
-            "source": self.source,
-            "licence": self.licence,
-            "shards": [asdict(shard) for shard in self.shards],
-            "samples": {"key": self.key} | samples,
+            "splits": list(self.splits.items()),  # their order counts, and JSON objects have none
+            "skipped": list(self.skipped),
+            "shards": [dataclasses.asdict(shard) for shard in self.shards],
+            "samples": {
+                k: column.tolist() if isinstance(column, np.ndarray) else column for k, column in columns.items()
+            },
         }
 
 
@@ -146,8 +184,12 @@ def parse(data: bytes, where: str) -> Index:
 
     def column(values, low: int, high: int, what: str) -> np.ndarray:
         need(isinstance(values, list) and len(values) == count, f"{what} must be a list of {count}")
-        need(all(whole(v, low, high) for v in values), f"{what} must hold whole numbers in {low}..{high}")
+        fits = set(map(type, values)) == {int} and low <= min(values) and max(values) <= high
+        need(fits, f"{what} must hold whole numbers in {low}..{high}")
         return np.array(values, dtype=np.int64)
+
+    def texts(values, longest: int) -> bool:
+        return isinstance(values, list) and all(isinstance(v, str) and 0 < len(v) <= longest for v in values)
 
     try:
         content = json.loads(data)
@@ -159,17 +201,22 @@ def parse(data: bytes, where: str) -> Index:
             f"{where} has version {content.get('version')!r} and this sivae reads {VERSION}: "
             "use the sivae that packed it, or pack it again"
         )
-    _, _, image_format, resolution, num_channels, num_classes, source, licence = fields(
-        {k: v for k, v in content.items() if k not in ("count", "shards", "samples", "digest")},
-        "format version image_format resolution num_channels num_classes source licence",
-        "it",
-    )
-    count, shards, samples, digest = (content.get(k) for k in ("count", "shards", "samples", "digest"))
-    need(image_format in IMAGE_FORMATS, f"image_format must be one of {', '.join(IMAGE_FORMATS)}")
+    names = "resolution num_channels num_classes image_format quality crop filter source licence skipped base"
+    names, others = names.split(), ("format", "version", "count", "splits", "shards", "samples", "digest")
+    settings = dict(zip(names, fields({k: v for k, v in content.items() if k not in others}, " ".join(names), "it")))
+    count, splits, shards, samples, digest = (content.get(k) for k in others[2:])
+    resolution, num_channels, num_classes = (settings[name] for name in names[:3])
+    formats = settings["image_format"] in IMAGE_FORMATS  # a list is not: it has no hash, and `in` compares
+    need(formats, f"image_format must be one of {', '.join(IMAGE_FORMATS)}")
     need(whole(resolution, 1, MAX_RESOLUTION), f"resolution must be in 1..{MAX_RESOLUTION}")
     need(whole(num_channels, 1, 3) and num_channels != 2, "num_channels must be 1 or 3")
     need(num_classes is None or whole(num_classes, 1, 2**31), "num_classes must be null or at least 1")
-    need(isinstance(source, str) and isinstance(licence, str), "source and licence must be texts")
+    need(settings["quality"] is None or whole(settings["quality"], 0, 100), "quality must be null or in 0..100")
+    for name in ("crop", "filter", "source", "licence"):
+        need(isinstance(settings[name], str), f"{name} must be a text")
+    need(texts(settings["skipped"], 10_000), "skipped must be a list of texts")
+    settings["skipped"] = tuple(settings["skipped"])
+    need(settings["base"] is None or texts([settings["base"]], 4096), "base must be null or a URL")
 
     need(isinstance(shards, list) and shards, "there must be shards")
     shards = tuple(Shard(*fields(shard, "name size_bytes count", "each shard")) for shard in shards)
@@ -181,19 +228,28 @@ def parse(data: bytes, where: str) -> Index:
     need(len({shard.name for shard in shards}) == len(shards), "two shards have one name")
     need(whole(count, 1, len(data)) and count == sum(s.count for s in shards), "the counts do not add up")
 
+    ok = isinstance(splits, list) and splits and all(isinstance(pair, list) and len(pair) == 2 for pair in splits)
+    need(ok, "splits must be pairs of a name and a count")
+    for name, split_count in splits:
+        need(isinstance(name, str) and re.fullmatch(r"[\w-]{1,100}", name, re.ASCII), f"{name!r} is no name of a split")
+        need(name != "all" and whole(split_count, 1, count), f"split {name} must have 1 to {count} samples")
+    need(len({name for name, _ in splits}) == len(splits), "two splits have one name")
+    shard_ends = set(itertools.accumulate(shard.count for shard in shards))
+    ends = list(itertools.accumulate(split_count for _, split_count in splits))
+    need(ends[-1] == count and shard_ends.issuperset(ends), "the splits do not part the shards")
+
     key, offset, size, crc32, label = fields(samples, "key offset size crc32 label", "samples")
     need(isinstance(key, list) and len(key) == count, f"key must be a list of {count}")
-    plain = all(isinstance(k, str) and 0 < len(k) <= 255 and k.isprintable() for k in key)
-    need(plain, "a key is no plain text")
+    need(texts(key, 255) and all(map(str.isprintable, key)), "a key is no plain text")
     need(len(set(key)) == count, "two samples have one key")
     max_size = 4 * num_channels * resolution**2 + 2**20  # no sane encoding of such an image is longer
     offset, size = column(offset, 0, 2**60, "offset"), column(size, 1, max_size, "size")
-    crc32 = column(crc32, 0, 2**32 - 1, "crc32")
+    crc32 = crc32 if crc32 is None else column(crc32, 0, 2**32 - 1, "crc32")
     need((label is None) == (num_classes is None), "there must be labels and num_classes, or neither")
     label = label if label is None else column(label, 0, num_classes - 1, "label")
 
     index = Index(
-        resolution, num_channels, num_classes, image_format, source, licence, shards, key, offset, size, crc32, label
+        **settings, splits=dict(splits), shards=shards, key=key, offset=offset, size=size, crc32=crc32, label=label
     )
     stops, same_shard = offset + size, index.shard[1:] == index.shard[:-1]
     need(not np.any(same_shard & (offset[1:] < stops[:-1])), "samples overlap or are out of order")

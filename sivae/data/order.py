@@ -3,7 +3,8 @@
 Position p counts the samples consumed since the start of the run, so it is all the state there is.
 It belongs to epoch p // N, and each epoch holds each of the N samples once. Inside an epoch the shards
 are permuted, put into groups of `group`, and the samples of a group are permuted together: a reader
-touches only `group` shards at a time, and neighbours come from different shards.
+touches only `group` shards at a time, and neighbours come from different shards. `mixed_shards` says how
+many: sets are often packed class by class, so a group holds tens of thousands of samples.
 
 Worked example: three shards of 2, 3 and 2 samples, so that samples 0 1 | 2 3 4 | 5 6 lie in them.
 
@@ -31,6 +32,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+MIXED_SAMPLES = 32_768
+
 
 def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, group: int = 8) -> np.ndarray:
     """The samples of one epoch in their order: int64 [N], a permutation of range(N).
@@ -50,6 +53,11 @@ def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, group: int = 
 def rank_positions(start: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
     """The positions that one rank takes of the global batch [start, start + batch_size): int64."""
     return np.arange(start + rank, start + batch_size, world_size)
+
+
+def mixed_shards(shard_sizes: Sequence[int]) -> int:
+    """How many shards to mix at a time: at least 8, and as many as hold MIXED_SAMPLES."""
+    return max(8, -(-MIXED_SAMPLES * len(shard_sizes) // int(np.sum(shard_sizes))))
 
 
 class Order:
@@ -102,3 +110,16 @@ def keyed_bits(seed: int, epochs, samples, purpose: int = 0) -> np.ndarray:
 def flip_at(seed: int, epochs, samples) -> np.ndarray:
     """Whether each sample is mirrored left to right in its epoch: bool, true for half of them."""
     return (keyed_bits(seed, epochs, samples) >> np.uint64(63)).astype(bool)
+
+
+def window_at(seed: int, epochs, samples, margin: int) -> tuple[np.ndarray, np.ndarray]:
+    """The top and left edge of each sample's random crop in its epoch: int64 in 0..margin each, uniform."""
+    bits = keyed_bits(seed, epochs, samples, purpose=1)
+    halves = bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)
+    top, left = ((half * np.uint64(margin + 1)) >> np.uint64(32) for half in halves)
+    return top.astype(np.int64), left.astype(np.int64)
+
+
+def substitute_at(seed: int, epoch: int, sample: int, attempt: int, num_samples: int) -> int:
+    """The sample that stands in for a damaged one in an epoch, at the given attempt to find a good one."""
+    return int(keyed_bits(seed, epoch, sample, purpose=2 + attempt) % np.uint64(num_samples))

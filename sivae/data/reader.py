@@ -4,30 +4,36 @@ All that changes between runs is who reads a sample. What is read, in which orde
 follows from (seed, position) alone (see `order`), so resuming is starting at another position.
 """
 
+import dataclasses
 import logging
 import math
 import operator
+import queue
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import multiprocessing
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from sivae.data.cache import BlockCache
 from sivae.data.decode import DECODERS
 from sivae.data.index import Index
-from sivae.data.order import Order, flip_at, rank_positions
-from sivae.data.shards import ShardReader, Storage
+from sivae.data.order import Order, flip_at, mixed_shards, rank_positions, substitute_at, window_at
+from sivae.data.shards import Corrupt, ShardReader
 from sivae.errors import UserError, shown
+from sivae.storage import Folder
 
 logger = logging.getLogger(__name__)
 GRACE_SEC = 60  # what a worker may take for one batch beyond the time that storage may take
 STOP_SEC = 30  # after SIGTERM, until a worker that hangs is ended
+MAX_SUBSTITUTES = 8  # damaged samples in a row until the set is taken for lost
 
 
 @dataclass(frozen=True)
@@ -36,20 +42,25 @@ class Batch:
 
     images: torch.Tensor  # uint8 [B / world_size, C, H, W]
     labels: torch.Tensor | None  # int64 [B / world_size]; None when the set has none
+    substituted: tuple[str, ...] = ()  # for each sample that another stands in for, what is wrong with it
 
     def pin_memory(self) -> "Batch":
-        return Batch(self.images.pin_memory(), None if self.labels is None else self.labels.pin_memory())
+        labels = None if self.labels is None else self.labels.pin_memory()
+        return dataclasses.replace(self, images=self.images.pin_memory(), labels=labels)
 
 
 class ImageStream:
     """A packed set as an endless stream of batches.
 
     url: the folder that holds index.json, local or any fsspec URL. batch_size: the global batch, over all
-    ranks. seed: of order and flips. num_workers: processes that read ahead; 0 reads in this one.
-    resolution, num_channels: what the model takes, compared with the index; None compares nothing.
-    flip: mirror half of the samples, others in each epoch. pin_memory: hand out page-locked tensors; without
-    CUDA it does nothing. storage_options: fsspec's. timeout_sec, retries: see Storage; a worker that takes
-    longer than they allow and a minute is given up.
+    ranks. split: one of the index's, or `all`. seed: of order and augmentation. num_workers: processes that read
+    ahead; 0 reads in this one, a thread ahead. resolution, num_channels: what the model takes, compared with the
+    index; None compares nothing. flip: mirror half of the samples, others in each epoch. random_crop: cut images of
+    `resolution` out of a set that is packed larger, elsewhere in each epoch. on_corrupt: a sample that is damaged in
+    storage raises, or another one, the same on every run, stands in for it. pin_memory: hand out page-locked tensors;
+    without CUDA it does nothing. cache: where remote blocks are kept on this node; None keeps none.
+    storage_options: fsspec's. timeout_sec, retries: see Folder; a worker that takes longer than they allow and a
+    minute is given up.
 
     Raises UserError on any setting that does not fit the set, and later when a sample cannot be read.
     """
@@ -61,19 +72,24 @@ class ImageStream:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        split: str = "train",
         seed: int = 0,
         num_workers: int = 0,
         resolution: int | None = None,
         num_channels: int | None = None,
         flip: bool = False,
+        random_crop: bool = False,
+        on_corrupt: Literal["raise", "substitute"] = "raise",
         pin_memory: bool = False,
+        cache: BlockCache | None = None,
         storage_options: dict | None = None,
         timeout_sec: float = 30,
         retries: int = 4,
     ):
-        self.storage = Storage(url, storage_options, timeout_sec=timeout_sec, retries=retries)
-        self.index = index = Index.load(url, storage_options, timeout_sec=timeout_sec, retries=retries)
-        self.where = where = shown(url)  # as errors name it
+        self.folder = Folder(url, storage_options, timeout_sec=timeout_sec, retries=retries)
+        self.where = where = shown(self.folder.url)  # as errors name it
+        whole = Index.load(self.folder)
+        self.index = index = whole.split(split)
         if batch_size < 1 or world_size < 1 or batch_size % world_size:
             raise UserError(
                 f"a global batch_size of {batch_size} does not divide among {world_size} ranks; "
@@ -89,11 +105,18 @@ class ImageStream:
                 f"rank {rank} of {world_size}, seed {seed}, num_workers {num_workers}: a rank "
                 "must lie below the number of ranks, and none may be negative"
             )
-        if resolution not in (None, index.resolution):
+        self.resolution = resolution or index.resolution
+        if random_crop and self.resolution >= index.resolution:
+            raise UserError(
+                f"data.random_crop: {where} is packed at {index.resolution} pixels, so there is nothing to cut images of "
+                f"{self.resolution} from; pack it larger, or leave random_crop off"
+            )
+        if self.resolution != index.resolution and not random_crop:
+            larger = ", or cut from it with data.random_crop=true" if self.resolution < index.resolution else ""
             raise UserError(
                 f"{where} is packed at resolution {index.resolution} and the model takes "
                 f"{resolution}; pack it with --resolution {resolution}, or set "
-                f"model.resolution={index.resolution}"
+                f"model.resolution={index.resolution}{larger}"
             )
         if num_channels not in (None, index.num_channels):
             raise UserError(
@@ -102,9 +125,11 @@ class ImageStream:
                 f"model.num_channels={index.num_channels}"
             )
         self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
-        self.num_workers, self.flip = num_workers, flip
+        self.num_workers, self.flip, self.on_corrupt = num_workers, flip, on_corrupt
         self.pin = pin_memory and torch.cuda.is_available()
-        self.order, self.shards = Order(index.shard_sizes, seed), ShardReader(self.storage, index)
+        mixed = mixed_shards(index.shard_sizes)
+        self.order = Order(index.shard_sizes, seed, mixed)
+        self.shards = ShardReader(index.shard_folder(self.folder), index, cache, mixed)
 
     @property
     def digest(self) -> str:
@@ -129,33 +154,78 @@ class ImageStream:
             raise UserError(f"images_seen is {images_seen}; a position in the stream is not negative")
         if self.num_workers:
             return self._worker_batches(images_seen)
-        return (self._pinned(self.at(images_seen + step * self.batch_size)) for step in count())
+        return (self._pinned(batch) for batch in self.steps(images_seen, 0, 1))
+
+    def steps(self, images_seen: int, first: int, stride: int) -> Iterator[Batch]:
+        """The batches of steps first, first + stride, ... Bytes are read one step ahead of the pixels."""
+        starts = (images_seen + step * self.batch_size for step in count(first, stride))
+        for positions, encoded in one_ahead(self._fetch, map(self._positions, starts)):
+            yield self._decode(positions, encoded)
 
     def at(self, start: int) -> Batch:
         """This rank's part of the global batch [start, start + batch_size)."""
-        positions = rank_positions(start, self.batch_size, self.rank, self.world_size)
-        samples = self.order.sample_at(positions)
-        flips = flip_at(self.seed, self.order.epoch_at(positions), samples) if self.flip else None
-        return self._read(samples, flips)
+        positions, encoded = self._fetch(self._positions(start))
+        return self._decode(positions, encoded)
 
     def sample(self, indices) -> Batch:
-        """The samples of these numbers (0 .. len - 1), in the order given, never mirrored."""
+        """The samples of these numbers (0 .. len - 1), in the order given, never mirrored, cut from the middle."""
         samples = np.asarray(indices, dtype=np.int64).reshape(-1)
         if samples.size and not 0 <= samples.min() <= samples.max() < len(self):
             raise UserError(
                 f"samples {samples.min()} to {samples.max()} were asked for, and {self.where} has 0 to {len(self) - 1}"
             )
-        return self._read(samples)
+        middle = np.full(len(samples), (self.index.resolution - self.resolution) // 2)
+        return self._batch(samples, self.shards.read(samples), np.zeros_like(samples), None, middle, middle)
 
-    def _read(self, samples: np.ndarray, flips: np.ndarray | None = None) -> Batch:
-        index, decode = self.index, DECODERS[self.index.image_format]
-        shape = (len(samples), index.num_channels, index.resolution, index.resolution)
-        images = torch.empty(shape, dtype=torch.uint8)
+    def _positions(self, start: int) -> np.ndarray:
+        return rank_positions(start, self.batch_size, self.rank, self.world_size)
+
+    def _fetch(self, positions: np.ndarray) -> tuple[np.ndarray, list]:
+        return positions, self.shards.read(self.order.sample_at(positions))
+
+    def _decode(self, positions: np.ndarray, encoded: list) -> Batch:
+        samples, epochs = self.order.sample_at(positions), self.order.epoch_at(positions)
+        flips = flip_at(self.seed, epochs, samples) if self.flip else None
+        top, left = window_at(self.seed, epochs, samples, self.index.resolution - self.resolution)
+        return self._batch(samples, encoded, epochs, flips, top, left)
+
+    def _batch(self, samples, encoded, epochs, flips, top, left) -> Batch:
+        samples, size, substituted = samples.copy(), self.resolution, []
+        images = torch.empty((len(samples), self.index.num_channels, size, size), dtype=torch.uint8)
         pixels = images.numpy()  # the same memory
-        for i, encoded in enumerate(self.shards.read(samples)):
-            image = decode(encoded, index.resolution, index.num_channels, index.name(samples[i]))
+        for i, data in enumerate(encoded):
+            try:
+                image = self._image(samples[i], data)
+            except Corrupt as error:
+                if self.on_corrupt == "raise":
+                    raise
+                samples[i], image = self._substitute(int(epochs[i]), int(samples[i]), error)
+                substituted.append(str(error))
+            if image.shape[1] != size:
+                image = image[:, top[i] : top[i] + size, left[i] : left[i] + size]
             pixels[i] = image[..., ::-1] if flips is not None and flips[i] else image
-        return Batch(images, None if index.label is None else torch.from_numpy(index.label[samples]))
+        labels = None if self.index.label is None else torch.from_numpy(self.index.label[samples])
+        return Batch(images, labels, tuple(substituted))
+
+    def _image(self, sample: int, data: bytes | Corrupt) -> np.ndarray:
+        """uint8 [C, R, R] of a sample as it is packed; raises Corrupt."""
+        if isinstance(data, Corrupt):
+            raise data
+        index = self.index
+        try:
+            return DECODERS[index.image_format](data, index.resolution, index.num_channels, index.name(sample))
+        except UserError as error:
+            raise Corrupt(str(error)) from None
+
+    def _substitute(self, epoch: int, sample: int, error: Corrupt) -> tuple[int, np.ndarray]:
+        """Another sample, which follows from the seed, the epoch and the damaged sample alone."""
+        for attempt in range(MAX_SUBSTITUTES):
+            other = substitute_at(self.seed, epoch, sample, attempt, self.index.count)
+            try:
+                return other, self._image(other, self.shards.read([other])[0])
+            except Corrupt as again:
+                logger.debug("a substitute is damaged too: %s", again)
+        raise UserError(f"{MAX_SUBSTITUTES} samples in a row are damaged, so the set is taken for lost; first {error}")
 
     def _pinned(self, batch: Batch) -> Batch:
         return batch.pin_memory() if self.pin else batch
@@ -194,11 +264,13 @@ class ImageStream:
             iterator = None  # ends the workers now, for a traceback may keep this frame
 
     def _context(self):
-        """Fork is quick, but a child must not inherit this process's connections (see Storage.fs)."""
-        if self.storage.is_local or self.storage.url.startswith("memory:"):  # such memory is only inherited
+        """Fork is quick, but a child must not inherit this process's connections (see Folder.fs)."""
+        folder = self.shards.folder
+        if folder.is_local or folder.url.startswith("memory:"):  # such memory is only inherited
             return multiprocessing.get_context("fork")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])  # imports torch once, not once a worker
+        # Imports torch and the driver once, not once a worker.
+        context.set_forkserver_preload([__name__, type(folder.fs).__module__])
         return context
 
 
@@ -210,16 +282,17 @@ class _Steps(IterableDataset):
 
     def __iter__(self):
         worker, stream = get_worker_info(), self.stream
+        items = stream.steps(self.images_seen, worker.id, worker.num_workers)
         # A worker that hangs, on a dead network mount for one, is killed by its own alarm and found dead.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         # Who asks a job to stop often signals every process of it. The training process decides: it may need the batch
         # that is being read. One that hangs in its read is gone soon after.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_SEC))
-        for step in count(worker.id, worker.num_workers):
-            signal.alarm(math.ceil(stream.storage.patience_sec + GRACE_SEC))
+        while True:
+            signal.alarm(math.ceil(stream.shards.patience_sec + GRACE_SEC))
             try:
-                item = stream.at(self.images_seen + step * stream.batch_size)
+                item = next(items)
             except UserError as error:  # handed over as a value: raised here it would arrive as a traceback
                 item = error
             except Exception as error:  # its trace is logged here, where it still is
@@ -227,6 +300,33 @@ class _Steps(IterableDataset):
                 item = UserError(f"a process that reads {stream.where} failed: {error!r}")
             signal.alarm(0)
             yield item
+            if isinstance(item, UserError):
+                return
+
+
+def one_ahead(work: Callable, items: Iterator) -> Iterator:
+    """work(item) for each of endless items, done by a thread one item ahead of who takes the results."""
+    asked, done = queue.SimpleQueue(), queue.SimpleQueue()
+
+    def serve():
+        while (item := asked.get()) is not None:
+            try:
+                done.put((work(item), None))
+            except BaseException as error:  # noqa: BLE001 - raised where the result is taken
+                done.put((None, error))
+
+    # A daemon, unlike a pool's threads: a read that hangs must not hold up the end of the process.
+    threading.Thread(target=serve, name="sivae-read-ahead", daemon=True).start()
+    try:
+        asked.put(next(items))
+        while True:
+            asked.put(next(items))
+            result, error = done.get()
+            if error is not None:
+                raise error
+            yield result
+    finally:
+        asked.put(None)
 
 
 def _unchanged(item):

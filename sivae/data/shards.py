@@ -2,158 +2,42 @@
 
 Sequential tar reading loses samples without a word when a shard is cut or a header damaged. Here every
 sample is a byte range of the index, and its length and crc32 are checked on every read.
+
+Large samples are read one by one, as they are needed. Where samples are small a request costs more than its
+bytes, so neighbours are read together: near ones in one range, and where the bytes can be kept until the rest
+of them is needed (in the cache of the node, or in memory when few shards are mixed at a time) whole blocks of
+about a mebibyte.
 """
 
-import os
-import random
+import hashlib
+import json
+import threading
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import fsspec
+import numpy as np
 
+from sivae.data.cache import BlockCache
 from sivae.errors import UserError, shown
+from sivae.storage import Folder, permanent, reason
 
-MAX_OPEN_SHARDS = 64  # file descriptors that one local reader keeps
+BLOCK_BYTES = 2**20  # samples are kept together in blocks of about this size; a larger sample is a block by itself
 MAX_GAP_BYTES = 128 * 1024  # reading over a gap this long is cheaper than another request
 MAX_MERGED_BYTES = 8 * 1024 * 1024  # bounds what one merged request holds in memory
-
-# Another try cannot help these: the name is wrong, access is denied, or an option is.
-PERMANENT = (
-    FileNotFoundError,
-    PermissionError,
-    NotADirectoryError,
-    IsADirectoryError,
-    ImportError,
-    ValueError,
-    TypeError,
-)
+MEMORY_BYTES = 256 * 2**20  # of blocks that one reader keeps when there is no cache
+SEAL_BYTES = 4  # after a block in the cache, a crc32 where the index has none
+POLL_SEC = 0.02  # between looks at a block that another process of the node is fetching
 
 
-class Storage:
-    """The files of one folder, named by any fsspec URL or local path.
+class RangesIgnored(OSError):
+    """A server, or a proxy before it, sent more than the range that was asked for."""
 
-    timeout_sec: how long one attempt may take, on transports that are asynchronous (s3, gs, http, abfs).
-    retries: further attempts after the first, waiting backoff_sec, then twice that, and so on, each up to
-    doubled at random so that many ranks do not come back at once. Local files are read once.
-    """
 
-    def __init__(
-        self,
-        url,
-        storage_options: dict | None = None,
-        *,
-        timeout_sec: float = 30,
-        retries: int = 4,
-        backoff_sec: float = 0.5,
-    ):
-        self.url = os.fspath(url)
-        self.options = dict(storage_options or {})
-        self.timeout_sec, self.retries, self.backoff_sec = timeout_sec, retries, backoff_sec
-        self.is_local = fsspec.utils.get_protocol(self.url) in ("file", "local")
-        self._opened, self._pid = None, None
-        self._descriptors: OrderedDict[str, int] = OrderedDict()
-
-    @property
-    def attempts(self) -> int:
-        return 1 if self.is_local else self.retries + 1
-
-    @property
-    def patience_sec(self) -> float:
-        """The longest that one `read` can take before it gives up."""
-        return self.attempts * self.timeout_sec + 2 * self.backoff_sec * (2 ** (self.attempts - 1) - 1)
-
-    def read(self, ranges: list, check: Callable) -> tuple[list[bytes], list]:
-        """Read the ranges (name, start, stop); start and stop None means the whole file.
-
-        check(i, data) returns what is wrong with the bytes of range i, or None. Returns the bytes of every
-        range, and as second the problems that are left: pairs (i, exception or what check said). Wrong
-        bytes are asked for again like a failed request, for a proxy or a dying disk can answer anything.
-        """
-        done: dict[int, bytes] = {}
-        problems: dict = dict.fromkeys(range(len(ranges)))
-        for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(self.backoff_sec * 2 ** (attempt - 1) * (1 + random.random()))
-            waiting = list(problems)
-            for i, data in zip(waiting, self._fetch([ranges[i] for i in waiting])):
-                problems[i] = data if isinstance(data, Exception) else check(i, data)
-                if problems[i] is None:
-                    done[i] = data
-                    del problems[i]
-            if not problems or any(isinstance(problem, PERMANENT) for problem in problems.values()):
-                break
-        return [done.get(i, b"") for i in range(len(ranges))], sorted(problems.items())
-
-    @property
-    def fs(self) -> fsspec.AbstractFileSystem:
-        return self._open()[0]
-
-    def path(self, name: str) -> str:
-        """Where a file lies on `fs`."""
-        return f"{self._open()[1].rstrip('/')}/{name}"
-
-    def _open(self) -> tuple:
-        """The filesystem and the folder's path on it, opened by the process that uses them.
-
-        One opened before a fork shares its sockets and an event loop whose thread is gone: a child opens
-        its own, outside fsspec's cache of instances.
-        """
-        if self._opened is None or self._pid != os.getpid():
-            try:
-                options = self.options | {"skip_instance_cache": True}
-                self._opened, self._pid = fsspec.core.url_to_fs(self.url, **options), os.getpid()
-            except (ImportError, ValueError, TypeError) as error:
-                raise UserError(
-                    f"{shown(self.url)} cannot be opened: {shown(error)}; check the URL and "
-                    "data.storage_options, and install what fsspec asks for"
-                ) from None
-        return self._opened
-
-    def _fetch(self, ranges: list) -> list:
-        """Bytes or the exception of each range, from one attempt."""
-        if self.is_local:
-            return [self._fetch_local(*r) for r in ranges]
-        try:
-            # One call for all, so that an asynchronous filesystem has them in flight together. `timeout`
-            # is fsspec's own argument for waiting on its event loop; the others know none.
-            extra = {"timeout": self.timeout_sec} if self.fs.async_impl else {}
-            paths, starts, stops = map(list, zip(*((self.path(name), *rest) for name, *rest in ranges)))
-            return self.fs.cat_ranges(paths, starts, stops, on_error="return", **extra)
-        except UserError:
-            raise
-        except Exception as error:  # noqa: BLE001 - each transport has its own, and most come and go
-            return [error] * len(ranges)
-
-    def _fetch_local(self, name: str, start: int | None, stop: int | None):
-        try:
-            descriptor = self._descriptor(name)
-            if start is None:
-                start, stop = 0, os.fstat(descriptor).st_size
-            parts = []
-            while start < stop and (part := os.pread(descriptor, stop - start, start)):
-                parts.append(part)  # a network mount may hand out less than was asked
-                start += len(part)
-            return b"".join(parts)
-        except OSError as error:
-            return error
-
-    def _descriptor(self, name: str) -> int:
-        if name not in self._descriptors:
-            self._descriptors[name] = os.open(self.path(name), os.O_RDONLY)
-            if len(self._descriptors) > MAX_OPEN_SHARDS:
-                os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors.move_to_end(name)
-        return self._descriptors[name]
-
-    def __getstate__(self):  # a worker opens its own
-        return self.__dict__ | {"_opened": None, "_descriptors": OrderedDict()}
-
-    def __del__(self):
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
+class Corrupt(UserError):
+    """What lies in storage is not the sample that was packed, and reading it again does not help."""
 
 
 @dataclass
@@ -164,6 +48,15 @@ class Range:
     start: int
     stop: int
     samples: list[int]
+
+
+@dataclass
+class Damage:
+    """What came for a range, and what is wrong with some of its samples."""
+
+    data: bytes
+    samples: dict[int, str]
+    short: bool = False  # some of their bytes did not come
 
 
 def plan(index, samples: Iterable[int]) -> list[Range]:
@@ -181,54 +74,222 @@ def plan(index, samples: Iterable[int]) -> list[Range]:
     return ranges
 
 
+def block_starts(index) -> np.ndarray:
+    """The first sample of every block, int64: a block is a run of samples that begin in the same mebibyte of a shard."""
+    place = index.offset // BLOCK_BYTES
+    first = np.flatnonzero((np.diff(index.shard) != 0) | (np.diff(place) != 0)) + 1
+    return np.concatenate([[0], first])
+
+
 class ShardReader:
-    """The encoded bytes of samples, checked against the index."""
+    """The encoded bytes of samples, checked against the index.
 
-    def __init__(self, storage: Storage, index):
-        self.storage, self.index = storage, index
+    cache: shared by the processes of a node; None keeps nothing on disk. mixed_shards: how many shards the order of
+    reading mixes at a time, which says whether blocks in memory are still there when they are needed again.
+    """
 
-    def read(self, samples: Iterable[int]) -> list[bytes]:
-        """The encoded bytes of each sample, in the order asked.
+    def __init__(self, folder: Folder, index, cache: BlockCache | None = None, mixed_shards: int = 8):
+        self.folder, self.index, self.cache = folder, index, cache
+        sizes = [shard.size_bytes for shard in index.shards]
+        mixed_bytes = min(sum(sizes), mixed_shards * sum(sizes) / len(sizes))
+        self.in_blocks = not folder.is_local and (cache is not None or mixed_bytes <= MEMORY_BYTES)
+        self.starts = block_starts(index) if self.in_blocks else None
+        self.memory: OrderedDict[int, bytes] = OrderedDict()
+        self.memory_bytes = 0
+        self.corrupt: dict[int, Corrupt] = {}  # once found, a sample is not tried again by this reader
+        self.lock = threading.Lock()  # one thread reads ahead while another may want other samples
 
-        Raises UserError naming shard and sample when bytes stay missing, short or wrong.
+    @property
+    def patience_sec(self) -> float:
+        """The longest that storage can hold up one `read`: others of the node are waited for, then it is asked itself."""
+        return self.folder.patience_sec + (self.folder.timeout_sec if self.cache is not None else 0)
+
+    def read(self, samples: Iterable[int]) -> list[bytes | Corrupt]:
+        """The encoded bytes of each sample, in the order asked; for those that are damaged in storage, what is wrong.
+
+        Raises UserError naming shard and sample when storage does not answer as it should.
         """
-        samples = [int(s) for s in samples]
-        ranges = plan(self.index, samples)
+        with self.lock:
+            samples = [int(s) for s in samples]
+            wanted = {s for s in samples if s not in self.corrupt}
+            encoded = self._read_blocks(wanted) if self.in_blocks else self._fetch(plan(self.index, wanted))
+            return [encoded[s] if s in encoded else self.corrupt[s] for s in samples]
+
+    # Blocks
+
+    def _read_blocks(self, wanted: set[int]) -> dict[int, bytes]:
+        encoded: dict[int, bytes] = {}
+        missing: dict[int, Range] = {}
+        for block in sorted({int(np.searchsorted(self.starts, s, side="right")) - 1 for s in wanted}):
+            r = self._block(block)
+            data = self._kept(block, r, wanted)
+            if data is None:
+                missing[block] = r
+            else:
+                encoded |= {s: self._cut(r, data, s) for s in r.samples if s in wanted}
+        deadline = time.monotonic() + self.folder.timeout_sec
+        while missing:
+            # Each block is fetched by one process of the node; the others find it in the cache soon. They do not wait for ever.
+            impatient = time.monotonic() > deadline
+            claimed = [b for b in missing if self.cache is None or self.cache.claim(self._key(missing[b])) or impatient]
+            try:
+                encoded |= self._fetch_blocks({b: missing.pop(b) for b in claimed}, wanted)
+            finally:
+                if self.cache is not None:
+                    self.cache.release()
+            if missing and not claimed:
+                time.sleep(POLL_SEC)
+        return encoded
+
+    def _fetch_blocks(self, blocks: dict[int, Range], wanted: set[int]) -> dict[int, bytes]:
+        encoded: dict[int, bytes] = {}
+        if self.cache is not None:  # what another process has put there meanwhile
+            for block, r in list(blocks.items()):
+                if (data := self._kept(block, r, wanted)) is not None:
+                    encoded |= {s: self._cut(r, data, s) for s in r.samples if s in wanted}
+                    del blocks[block]
+        found = self._fetch(list(blocks.values()))
+        for block, r in blocks.items():
+            self._keep(block, r, found)
+        return encoded | {s: data for s, data in found.items() if s in wanted}
+
+    def _block(self, block: int) -> Range:
+        first = int(self.starts[block])
+        last = (int(self.starts[block + 1]) if block + 1 < len(self.starts) else self.index.count) - 1
+        stop = int(self.index.offset[last] + self.index.size[last])
+        return Range(int(self.index.shard[first]), int(self.index.offset[first]), stop, list(range(first, last + 1)))
+
+    def _kept(self, block: int, r: Range, wanted: set[int]) -> bytes | None:
+        """A block that is here already, whose wanted samples are as they were packed."""
+        if self.cache is None:
+            if block in self.memory:
+                self.memory.move_to_end(block)
+            return self.memory.get(block)
+        key = self._key(r)
+        data = self.cache.get(key)
+        if data is None:
+            return None
+        good = True
+        if self.index.crc32 is None:
+            data, seal = data[:-SEAL_BYTES], data[-SEAL_BYTES:]
+            good = _seal(key, data) == seal
+        asked = Range(r.shard, r.start, r.stop, [s for s in r.samples if s in wanted])
+        if good and len(data) == r.stop - r.start and self._problem(asked, data) is None:
+            return data
+        self.cache.drop(key)  # a bad disk is no reason to stop
+        return None
+
+    def _keep(self, block: int, r: Range, found: dict[int, bytes]) -> None:
+        data = bytearray(r.stop - r.start)  # what lies between samples (tar headers) is nobody's business
+        for s in found.keys() & r.samples:  # a damaged one is on record, and not asked for again
+            start = int(self.index.offset[s]) - r.start
+            data[start : start + len(found[s])] = found[s]
+        if self.cache is not None:
+            key, sealed = self._key(r), self.index.crc32 is None
+            if not sealed:
+                self.cache.put(key, data)
+            elif found.keys() >= set(r.samples):  # nothing would tell the next reader that one is damaged
+                self.cache.put(key, data + _seal(key, data))
+        elif len(r.samples) > 1:  # a block of one sample is not wanted again before the next epoch
+            self.memory[block] = bytes(data)
+            self.memory_bytes += len(data)
+            while self.memory_bytes > MEMORY_BYTES:
+                self.memory_bytes -= len(self.memory.popitem(last=False)[1])
+
+    def _key(self, r: Range) -> str:
+        """The name of a block in the cache: of where it comes from and of what must be in it."""
+        shard, rows = self.index.shards[r.shard], slice(r.samples[0], r.samples[-1] + 1)
+        checks = self.index.size if self.index.crc32 is None else self.index.crc32
+        told = [self.folder.url, shard.name, shard.size_bytes, r.start, r.stop, checks[rows].tolist()]
+        return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+
+    # Storage
+
+    def _fetch(self, ranges: list[Range]) -> dict[int, bytes]:
+        """The bytes of all samples of the ranges; the damaged ones are put on record instead.
+
+        Raises UserError for what is no damage but a failure.
+        """
+        if not ranges:
+            return {}
         requests = [(self.index.shards[r.shard].name, r.start, r.stop) for r in ranges]
-        found, problems = self.storage.read(requests, lambda i, data: self._problem(ranges[i], data))
-        for i, problem in problems:
-            if isinstance(problem, Exception):
-                problem = ranges[i].samples[0], self._named(problem)
-            sample, what = problem
-            tried = f" (tried {self.storage.attempts} times)" if self.storage.attempts > 1 else ""
-            where = f"{self.index.name(sample)} at {shown(self.storage.url)}"
-            raise UserError(
-                f"cannot read {where}: {what}{tried}; copy this shard from its origin again, or pack the set again"
-            )
-        encoded = {s: self._cut(r, data, s) for r, data in zip(ranges, found) for s in r.samples}
-        return [encoded[sample] for sample in samples]
+        found, problems = self.folder.read_ranges(requests, lambda i, data: self._problem(ranges[i], data))
+        encoded: dict[int, bytes] = {}
+        problems = dict(problems)
+        for i, (r, data) in enumerate(zip(ranges, found)):
+            damage = problems.get(i)
+            tried = 1 if permanent(damage) else self.folder.attempts
+            if isinstance(damage, Exception):
+                if not lost(damage):
+                    raise self._error(UserError, r.samples[0], self.folder.reason(damage), tried)
+                damage = Damage(b"", dict.fromkeys(r.samples, said(damage)))
+            if damage is not None:
+                if damage.short and self._is_whole(r.shard):
+                    what = "the answers are cut short, though the shard is whole there"
+                    raise self._error(UserError, min(damage.samples), what, tried)
+                for sample, what in damage.samples.items():
+                    self.corrupt[sample] = self._error(Corrupt, sample, what, tried)
+                data = damage.data
+            encoded |= {s: self._cut(r, data, s) for s in r.samples if s not in self.corrupt}
+        return encoded
 
     def _cut(self, r: Range, data: bytes, sample: int) -> bytes:
         start = int(self.index.offset[sample]) - r.start
         return data[start : start + int(self.index.size[sample])]
 
-    def _problem(self, r: Range, data: bytes):
-        """The first sample of a range whose bytes are not those packed, as (sample, what), or None."""
+    def _problem(self, r: Range, data: bytes) -> Damage | RangesIgnored | None:
+        """What is wrong with the bytes of a range; None when each sample is as it was packed."""
+        if len(data) > r.stop - r.start:
+            return RangesIgnored(f"{len(data)} bytes came where {r.stop - r.start} were asked for")
+        wrong: dict[int, str] = {}
+        short = False
         for sample in r.samples:
             encoded, size = self._cut(r, data, sample), int(self.index.size[sample])
+            if sample in self.corrupt:
+                continue
             if len(encoded) != size:
-                return sample, f"the shard is cut short, {len(encoded)} of the sample's {size} bytes came"
-            crc32, expected = zlib.crc32(encoded), int(self.index.crc32[sample])
-            if crc32 != expected:
-                return sample, f"its bytes are damaged, crc32 {crc32:08x} where {expected:08x} was packed"
-        if len(data) != r.stop - r.start:  # a server that ignores ranges sends the whole file
-            return r.samples[-1], f"{len(data)} bytes came where {r.stop - r.start} were asked for"
-        return None
+                short = True
+                wrong[sample] = f"the shard is cut short, {len(encoded)} of the sample's {size} bytes came"
+            elif self.index.crc32 is not None:
+                crc32, expected = zlib.crc32(encoded), int(self.index.crc32[sample])
+                if crc32 != expected:
+                    wrong[sample] = f"its bytes are damaged, crc32 {crc32:08x} where {expected:08x} was packed"
+        return Damage(data, wrong, short) if wrong else None
 
-    @staticmethod
-    def _named(error: Exception) -> str:
-        if isinstance(error, FileNotFoundError):
-            return "the shard is missing"
-        if isinstance(error, PermissionError):
-            return "access is denied; check the credentials"
-        return f"{type(error).__name__} {shown(error)}".strip()
+    def _is_whole(self, shard: int) -> bool:
+        """Whether a remote shard has its full length, so that what is missing got lost on the way."""
+        name, size_bytes = self.index.shards[shard].name, self.index.shards[shard].size_bytes
+        return not self.folder.is_local and self.folder.size(name) == size_bytes
+
+    def _error(self, kind: type[UserError], sample: int, what: str, attempts: int) -> UserError:
+        tried = f" (tried {attempts} times)" if attempts > 1 else ""
+        where = f"{self.index.name(sample)} at {shown(self.folder.url)}"
+        advice = "copy this shard from its origin again, or pack the set again"
+        if kind is not Corrupt:
+            advice = "check the network, the server and the credentials, and run again"
+        return kind(f"cannot read {where}: {what}{tried}; {advice}")
+
+    def __getstate__(self):  # each process has its own
+        return self.__dict__ | {"lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__ = state
+        self.lock = threading.Lock()
+
+
+def lost(error: Exception) -> bool:
+    """Whether an exception says that the bytes are not there, or no longer readable, rather than not to be had now."""
+    response = getattr(error.__cause__, "response", None)  # botocore's, which s3fs translates
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    past_end = 416 in (getattr(error, "status", None), getattr(error, "code", None)) or code in ("416", "InvalidRange")
+    return past_end or isinstance(error, FileNotFoundError) or getattr(error, "errno", None) == 5  # EIO: a bad sector
+
+
+def said(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the shard is missing"
+    return reason(error) if getattr(error, "errno", None) == 5 else "the shard is cut short"
+
+
+def _seal(key: str, data: bytes) -> bytes:
+    return zlib.crc32(data, zlib.crc32(key.encode())).to_bytes(SEAL_BYTES, "little")
