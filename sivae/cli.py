@@ -48,14 +48,70 @@ def build_parser() -> argparse.ArgumentParser:
         help="settings that replace the file's, e.g. schedule.batch_size=64",
     )
 
-    pack = add("pack", "Pack a folder of images, a .npy/.npz array or digits: into shards with an index.")
-    pack.add_argument("source", help="folder, .npy or .npz file (path or URL), or digits:")
+    pack = add(
+        "pack",
+        "Pack images into shards with an index, once, so that training only streams them. Killed and run again, it goes on.",
+    )
+    pack.add_argument(
+        "source",
+        help="folder of images, .npy or .npz, .zip, .tfrecords, CIFAR-10, MNIST, SVHN or FFHQ as published, a packed set, "
+        ".tar shards (path or URL), or digits:",
+    )
     pack.add_argument("dest", help="folder or URL of the packed set")
     pack.add_argument("--resolution", type=int, required=True, help="height and width in pixels")
     pack.add_argument(
+        "--format", default="png", choices=["png", "qoi", "webp", "jpeg"],
+        help="png (default), qoi (lossless, a third larger, decodes three times as fast), webp (lossless without --quality) or jpeg",
+    )  # fmt: skip
+    pack.add_argument(
+        "--quality", type=int, metavar="Q", help="0 to 100, of lossy webp, and of jpeg (95 when not given)"
+    )
+    pack.add_argument(
+        "--crop", default="center", metavar="CROP",
+        help="center (the central square, default), none, SIZE (the central square of SIZE pixels) or LEFT,TOP,SIZE",
+    )  # fmt: skip
+    pack.add_argument("--filter", default="lanczos", choices=["lanczos", "bicubic", "bilinear", "box", "nearest"])
+    pack.add_argument(
         "--num-channels", type=int, choices=[1, 3], help="grey or colour; as the first image when not given"
     )
-    pack.add_argument("--labels", action="store_true", default=None, help="take the names of subfolders as classes")
+    pack.add_argument(
+        "--labels",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="ask for labels (of a folder of images: the names of its subfolders), or leave them out; a source's own by default",
+    )
+    pack.add_argument(
+        "--splits", metavar="SPLITS",
+        help="none, ranges (train=0:60000,validation=60000:) or shares (validation=10%%, the rest is train); the source's own by default",
+    )  # fmt: skip
+    pack.add_argument(
+        "--pyramid", action="store_true", help="one set for each power of two from the resolution down to 4"
+    )
+    pack.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and list them")
+    pack.add_argument("--verify", choices=["file", "pixels"], help="compare published checksums (FFHQ)")
+    pack.add_argument("--samples-per-shard", type=int, metavar="N", help="instead of --shard-size")
+    pack.add_argument(
+        "--shard-size", default="256MiB", metavar="BYTES", help="about, e.g. 500MB or 1GiB (default 256MiB)"
+    )
+    pack.add_argument("--licence", help="licence and attribution, recorded in the index; the source's own by default")
+    pack.add_argument("--workers", type=int, metavar="N", help="processes (default: the number of cores)")
+
+    check = add("check", "Compare every byte of a packed set, or of all levels of a pyramid, with its index.")
+    check.add_argument("url", help="folder or URL of the packed set")
+    check.add_argument("--split", default="all", help="only this split")
+    check.add_argument("--workers", type=int, metavar="N", help="processes (default: the number of cores)")
+
+    index = add("index", "Make the index of WebDataset shards that others made, to train on them as they are.")
+    index.add_argument(
+        "urls",
+        nargs="+",
+        metavar="URLS",
+        help="shards in one folder, e.g. https://host/shards-{000000..000069}.tar or 'set/*.tar'",
+    )
+    index.add_argument("--output", metavar="FOLDER", help="where to put the index, when not beside the shards")
+    index.add_argument("--crc", action="store_true", help="read every byte and record checksums, not the headers alone")
+    index.add_argument("--split", default="train", metavar="NAME", help="what to call this part of the data")
+    index.add_argument("--licence", default="", help="licence and attribution, recorded in the index")
 
     sample = add("sample", "Draw images from the prior.")
     add_model(sample)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
+import re
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sivae import config, images, inference
-from sivae.cli import EXIT_INTERRUPTED
-from sivae.errors import UserError
+from sivae.cli import EXIT_ERROR, EXIT_INTERRUPTED
+from sivae.errors import UserError, shown
+from sivae.progress import progress_bar
 from sivae.storage import Folder
+
+UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+MAX_LINES = 20  # of a list that is printed
+
+if TYPE_CHECKING:
+    from sivae.data.sources import Sample
 
 
 def train(options: argparse.Namespace) -> int:
@@ -40,17 +48,65 @@ def train(options: argparse.Namespace) -> int:
 def pack(options: argparse.Namespace) -> None:
     from sivae.data.pack import pack as pack_set
 
+    started_sec = time.monotonic()
     index = pack_set(
         options.source,
         options.dest,
         resolution=options.resolution,
         num_channels=options.num_channels,
         labels=options.labels,
+        image_format=options.format,
+        quality=options.quality,
+        crop=options.crop,
+        filter=options.filter,
+        samples_per_shard=options.samples_per_shard,
+        shard_size_bytes=_bytes(options.shard_size, "--shard-size"),
+        splits=options.splits,
+        pyramid=options.pyramid,
+        skip_bad=options.skip_bad,
+        verify=options.verify,
+        licence=options.licence,
+        num_workers=_workers(options),
     )
-    classes = f", {index.num_classes} classes" if index.num_classes else ""
+    _tell_left_out(index.skipped)
+    level = f"/{index.resolution}" if options.pyramid else ""
+    url = options.dest.rstrip("/") + level
     print(
-        f"{index.count:,} images of {index.resolution} pixels, {index.num_channels} channels{classes}: train with data.url={options.dest}"
+        f"{_describe_set(index)}, in {time.monotonic() - started_sec:.0f} s: train with data.url={shown(url)}"
+        + (" (or another level of the pyramid)" if level else "")
     )
+
+
+def check(options: argparse.Namespace) -> int:
+    from sivae.data.check import check as check_set
+
+    report = check_set(options.url, split=options.split, num_workers=_workers(options))
+    for line in report.findings.lines:
+        print(line)
+    left = report.findings.count - len(report.findings.lines)
+    if left:
+        print(f"... and {left:,} more")
+    seen = f"{report.num_images:,} images, {_size(report.num_bytes)}, digest {report.digest[:16]}"
+    if report.findings.count:
+        print(f"{shown(options.url)}: {report.findings.count:,} findings in {seen}; copy or pack the set again")
+        return EXIT_ERROR
+    unsure = (
+        ""
+        if report.has_checksums
+        else "; the index has no checksums (sivae index --crc makes them), so images were only decoded"
+    )
+    print(f"{shown(options.url)}: all right, {seen}{unsure}")
+    return 0
+
+
+def index(options: argparse.Namespace) -> None:
+    from sivae.data.make_index import make_index
+
+    made = make_index(
+        options.urls, output=options.output, crc=options.crc, split=options.split, licence=options.licence
+    )
+    url = options.output or options.urls[0].rpartition("/")[0] or "."
+    print(f"{_describe_set(made)}: train with data.url={shown(url)}")
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -68,8 +124,10 @@ def sample(options: argparse.Namespace) -> None:
     _write(options.output, images.grid(samples, columns=_columns(options.count)))
     if options.folder:
         folder = Folder(options.folder)
-        for index, image in enumerate(tqdm(samples, desc="writing", unit=" images")):
-            folder.write(images.png_bytes(images.pixels(image)), f"{index:06d}.png")
+        with progress_bar(options.count, "writing", " images") as bar:
+            for index, image in enumerate(samples):
+                folder.write(images.png_bytes(images.pixels(image)), f"{index:06d}.png")
+                bar.update()
         print(f"{options.folder}: {options.count} images")
 
 
@@ -127,7 +185,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "train": train, "pack": pack, "sample": sample, "reconstruct": reconstruct, "interpolate": interpolate,
+    "train": train, "pack": pack, "check": check, "index": index, "sample": sample, "reconstruct": reconstruct, "interpolate": interpolate,
     "import": import_, "export": export, "doctor": doctor,
 }  # fmt: skip
 
@@ -163,26 +221,20 @@ def read_images(
     else:
         found = [items[i] for i in numbers]
         fitted = [
-            np.asarray(fit(image, resolution, channels)).reshape(resolution, resolution, -1) for _, image, _ in found
+            np.asarray(fit(sample.pixels, resolution, channels)).reshape(resolution, resolution, -1) for sample in found
         ]
         pixels = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
-        labels = None if found[0][2] is None else torch.tensor([own for _, _, own in found])
+        labels = None if found[0].label is None else torch.tensor([sample.label for sample in found])
     return pixels, labels if label is None else torch.full((len(pixels),), label)
 
 
-def _read_file(path: str) -> tuple[str, np.ndarray, None]:
+def _read_file(path: str) -> Sample:
     """One image file, as a source would give it."""
-    from PIL import Image
-
-    from sivae.data.sources import to_uint8
+    from sivae.data.sources import Sample
+    from sivae.data.sources.pictures import decode
 
     folder, name = _split(path)
-    data = folder.read(name)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return path, to_uint8(image), None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from None
+    return Sample(path, decode(folder.read(name), f"{path}:")[0])
 
 
 def _load(options: argparse.Namespace) -> inference.Model:
@@ -211,6 +263,48 @@ def _describe(model: inference.Model) -> str:
     parameters = sum(p.numel() for network in (model.encoder, model.decoder) for p in network.parameters())
     shape = "x".join(map(str, model.sample_shape))
     return f"{model.settings['family']} family, {shape}, latent {model.latent_dim}, {parameters:,} parameters"
+
+
+def _describe_set(index) -> str:
+    classes = f", {index.num_classes} classes" if index.num_classes else ""
+    splits = ""
+    if len(index.splits) > 1:
+        splits = " (" + ", ".join(f"{name} {count:,}" for name, count in index.splits.items()) + ")"
+    num_bytes = _size(sum(shard.size_bytes for shard in index.shards))
+    channels = "1 channel" if index.num_channels == 1 else f"{index.num_channels} channels"
+    return f"{index.count:,} images{splits} of {index.resolution} pixels, {channels}{classes}, {num_bytes}"
+
+
+def _tell_left_out(skipped: tuple[str, ...]) -> None:
+    for line in skipped[:MAX_LINES]:
+        print(line)
+    if len(skipped) > MAX_LINES:
+        print(f"... and {len(skipped) - MAX_LINES:,} more; the index lists them all under skipped")
+    if skipped:
+        print(f"{len(skipped):,} images cannot be read and were left out")
+
+
+def _size(num_bytes: int) -> str:
+    unit = next((unit for unit in ("TB", "GB", "MB", "kB") if num_bytes >= UNITS[unit]), None)
+    return f"{num_bytes / UNITS[unit]:.1f} {unit}" if unit else f"{num_bytes} bytes"
+
+
+def _bytes(text: str, option: str) -> int:
+    """A number of bytes such as 4096, 500MB or 1GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text, re.ASCII)
+    factor = {unit.lower(): value for unit, value in UNITS.items()}.get(match[2].lower()) if match else None
+    _require(factor, f"{option}: {text!r} is no size; give bytes, or a number with kB, MB, GB, KiB, MiB or GiB")
+    _require(float(match[1]) * factor >= 1, f"{option}: {text!r} is less than a byte")
+    return round(float(match[1]) * factor)
+
+
+def _workers(options: argparse.Namespace) -> int:
+    """Processes to use; 0 is this one alone."""
+    _require(options.workers is None or options.workers >= 0, f"--workers: {options.workers} is negative")
+    if options.workers is not None:
+        return options.workers
+    # The cores that this process may use, where the system can tell
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _require(condition: object, sentence: str) -> None:

@@ -126,7 +126,7 @@ def test_reconstruct_digits(models, here, capsys):
     assert found.shape == size_of_panels(6, 2)
     from sivae.data.sources import open_source
 
-    digits = torch.stack([torch.from_numpy(open_source("digits:", resolution=16)[i][1]) for i in range(6)])
+    digits = torch.stack([torch.from_numpy(open_source("digits:", resolution=16)[i].pixels) for i in range(6)])
     digits = digits.permute(0, 3, 1, 2)
     assert np.array_equal(found[18 : len(found) // 2], grid(digits, 2))
     model = sivae.load(models["grey"])
@@ -168,7 +168,7 @@ def test_interpolate(models, here):
     from sivae.data.sources import open_source
 
     source = open_source("digits:", resolution=16)
-    ends = [torch.from_numpy(source[i][1]).permute(2, 0, 1)[None] for i in (3, 1796)]
+    ends = [torch.from_numpy(source[i].pixels).permute(2, 0, 1)[None] for i in (3, 1796)]
     model = sivae.load(models["grey"])
     path = model.to_uint8(model.interpolate(*ends, 5)[0])
     assert np.array_equal(found, grid(torch.cat([ends[0], path, ends[1]]), 7))
