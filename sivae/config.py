@@ -422,11 +422,11 @@ def parse_model(tree: dict[str, Any]) -> MlpModel | ConvModel:
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """The resolved settings as a plain tree, without what may hold secrets: `storage_options`, and passwords inside URLs."""
+    """The resolved settings as a plain tree, without what may hold secrets: `storage_options`, passwords and queries in URLs."""
     tree = config.model_dump(mode="json", exclude={"run": {"storage_options"}, "data": {"storage_options"}})
     for section, key in (("run", "directory"), ("run", "init_from"), ("data", "url")):
         if tree[section][key]:
-            tree[section][key] = re.sub(r"//[^/@\s]+@", "//...@", tree[section][key])
+            tree[section][key] = re.sub(r"\?.*", "?...", re.sub(r"//[^/\s]+@", "//...@", tree[section][key]))
     return tree
 
 

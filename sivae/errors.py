@@ -16,4 +16,4 @@ class UserError(Exception):
 
 def shown(text) -> str:
     """The text of a URL or an error without passwords and signed queries, as errors and logs may show it."""
-    return re.sub(r"\?[^\s'\")]*", "?...", re.sub(r"//[^/@\s]+@", "//...@", str(text)))
+    return re.sub(r"\?[^\s'\")]*", "?...", re.sub(r"//[^/\s]+@", "//...@", str(text)))

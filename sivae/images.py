@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def to_float(images: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """uint8 [..., C, H, W] -> float32 in [low, high]."""
-    return images.float() * ((high - low) / 255) + low
+    """uint8 [..., C, H, W] -> float32 in [low, high], contiguous. Batches come with channels last, and part here, on the device."""
+    return images.contiguous().float() * ((high - low) / 255) + low
 
 
 def to_uint8(images: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:

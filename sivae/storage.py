@@ -333,6 +333,8 @@ def reason(error: BaseException) -> str:
     """What went wrong in few words, without the credentials of URLs; `Folder.reason` hides those of its options too."""
     if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
         return f"access is denied, check the credentials: {type(error).__name__} {_one_line(error)}".strip()
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError)) and not str(error):
+        return "no answer in time"
     return f"{type(error).__name__}: {_one_line(error)}".rstrip(": ")
 
 

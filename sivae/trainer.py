@@ -330,7 +330,7 @@ class Trainer:
             )  # fmt: skip
             if model.num_classes and (stream.num_classes or 0) != model.num_classes:
                 raise UserError(
-                    f"model.num_classes: is {model.num_classes}, but {data.url} has {stream.num_classes or 'no'} classes"
+                    f"model.num_classes: is {model.num_classes}, but {shown(data.url)} has {stream.num_classes or 'no'} classes"
                 )
         except UserError as error:
             failure = error
@@ -378,13 +378,13 @@ class Trainer:
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         if found.state["data"]["digest"] != self.stream.digest and self.group.is_main:
             print(
-                f"sivae: {self.settings.data.url} is not the set that checkpoint {found.name} was trained on",
+                f"sivae: {shown(self.settings.data.url)} is not the set that checkpoint {found.name} was trained on",
                 file=sys.stderr,
             )
         self.state.restore(found.tensors)
         self.images_seen, self.attempt = found.images_seen, found.state["attempt"]
         self.negative_gaps = found.state["negative_gaps"]
-        self.substituted, self.new_substituted = found.state["substituted"], 0
+        self.substituted, self.new_substituted = found.state.get("substituted", 0), 0
         self.saved = checkpoint.Checkpoint(found.name, found.state, {})
 
     def _due(self, every_images: int) -> bool:

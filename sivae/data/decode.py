@@ -113,7 +113,7 @@ HEADERS = {"png": _png_header, "qoi": _qoi_header, "webp": _webp_header, "jpeg":
 def pillow_decoder(image_format: str) -> Callable[[bytes], np.ndarray]:
     """Encoded bytes to uint8 [H, W] or [H, W, C]; raises whatever Pillow does."""
     formats = [PILLOW_NAMES[image_format]]
-    return lambda encoded: np.asarray(Image.open(io.BytesIO(encoded), formats=formats))
+    return lambda encoded: np.array(Image.open(io.BytesIO(encoded), formats=formats))  # an array that can be written
 
 
 @cache

@@ -40,7 +40,7 @@ MAX_SUBSTITUTES = 8  # damaged samples in a row until the set is taken for lost
 class Batch:
     """One rank's part of a global batch of B."""
 
-    images: torch.Tensor  # uint8 [B / world_size, C, H, W]
+    images: torch.Tensor  # uint8 [B / world_size, C, H, W], channels last in memory
     labels: torch.Tensor | None  # int64 [B / world_size]; None when the set has none
     substituted: tuple[str, ...] = ()  # for each sample that another stands in for, what is wrong with it
 
@@ -159,8 +159,14 @@ class ImageStream:
     def steps(self, images_seen: int, first: int, stride: int) -> Iterator[Batch]:
         """The batches of steps first, first + stride, ... Bytes are read one step ahead of the pixels."""
         starts = (images_seen + step * self.batch_size for step in count(first, stride))
-        for positions, encoded in one_ahead(self._fetch, map(self._positions, starts)):
-            yield self._decode(positions, encoded)
+        limit_sec = self.shards.patience_sec + GRACE_SEC / 2
+        try:
+            for positions, encoded in one_ahead(self._fetch, map(self._positions, starts), limit_sec):
+                yield self._decode(positions, encoded)
+        except queue.Empty:
+            raise UserError(
+                f"a read of {self.where} has hung for {limit_sec:.0f} s; see whether the storage hangs, and run again to resume"
+            ) from None
 
     def at(self, start: int) -> Batch:
         """This rank's part of the global batch [start, start + batch_size)."""
@@ -191,8 +197,8 @@ class ImageStream:
 
     def _batch(self, samples, encoded, epochs, flips, top, left) -> Batch:
         samples, size, substituted = samples.copy(), self.resolution, []
-        images = torch.empty((len(samples), self.index.num_channels, size, size), dtype=torch.uint8)
-        pixels = images.numpy()  # the same memory
+        # Pixels stay together in memory, as decoders give them: to part them here costs more than reading them.
+        images = torch.empty((len(samples), size, size, self.index.num_channels), dtype=torch.uint8)
         for i, data in enumerate(encoded):
             try:
                 image = self._image(samples[i], data)
@@ -201,11 +207,10 @@ class ImageStream:
                     raise
                 samples[i], image = self._substitute(int(epochs[i]), int(samples[i]), error)
                 substituted.append(str(error))
-            if image.shape[1] != size:
-                image = image[:, top[i] : top[i] + size, left[i] : left[i] + size]
-            pixels[i] = image[..., ::-1] if flips is not None and flips[i] else image
+            pixels = torch.from_numpy(image.transpose(1, 2, 0))[top[i] : top[i] + size, left[i] : left[i] + size]
+            images[i] = pixels.flip(1) if flips is not None and flips[i] else pixels
         labels = None if self.index.label is None else torch.from_numpy(self.index.label[samples])
-        return Batch(images, labels, tuple(substituted))
+        return Batch(images.permute(0, 3, 1, 2), labels, tuple(substituted))
 
     def _image(self, sample: int, data: bytes | Corrupt) -> np.ndarray:
         """uint8 [C, R, R] of a sample as it is packed; raises Corrupt."""
@@ -304,8 +309,11 @@ class _Steps(IterableDataset):
                 return
 
 
-def one_ahead(work: Callable, items: Iterator) -> Iterator:
-    """work(item) for each of endless items, done by a thread one item ahead of who takes the results."""
+def one_ahead(work: Callable, items: Iterator, limit_sec: float) -> Iterator:
+    """work(item) for each of endless items, done by a thread one item ahead of who takes the results.
+
+    Raises queue.Empty when one takes longer than limit_sec; the thread, which may hang for ever, is left alone.
+    """
     asked, done = queue.SimpleQueue(), queue.SimpleQueue()
 
     def serve():
@@ -321,7 +329,7 @@ def one_ahead(work: Callable, items: Iterator) -> Iterator:
         asked.put(next(items))
         while True:
             asked.put(next(items))
-            result, error = done.get()
+            result, error = done.get(timeout=limit_sec)
             if error is not None:
                 raise error
             yield result

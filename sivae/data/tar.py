@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from sivae.errors import UserError, shown
-from sivae.storage import Folder, reason
+from sivae.storage import Folder
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_NAME_BYTES = 2**20  # of a long name or a PAX header
@@ -68,7 +68,7 @@ class RangeFile:
 
         [data], problems = self.folder.read_ranges([(self.name, start, stop)], check)
         for _, problem in problems:
-            what = reason(problem) if isinstance(problem, Exception) else problem
+            what = self.folder.reason(problem) if isinstance(problem, Exception) else problem
             raise UserError(
                 f"cannot read {shown(self.folder.url)}/{self.name}: {what}; see whether it can be read, and try again"
             )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sivae.errors import UserError, shown
-from sivae.storage import Folder, permanent, reason
+from sivae.storage import Folder, permanent
 
 MIN_AHEAD_BYTES, MAX_AHEAD_BYTES = 2**16, 2**23  # what one request for a stretch of a long file asks for
 MAX_RATIO = 1032  # deflate cannot make more out of one byte
@@ -93,7 +93,7 @@ class File:
             if isinstance(problem, FileNotFoundError):
                 raise missing(f"{self.where} is missing; put it back, or remove what names it")
             tried = f", {self.folder.attempts} times" if self.folder.attempts > 1 else ""
-            what = problem if isinstance(problem, str) else reason(problem)
+            what = problem if isinstance(problem, str) else self.folder.reason(problem)
             raise UserError(
                 f"{self.where} could not be read{tried} ({what}); "
                 "check the disk, the network and the credentials, and start again"
