@@ -11,6 +11,7 @@ A ratio tells more than its milliseconds. --peer adds mosaicml-streaming where i
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import os
 import platform
@@ -89,6 +90,17 @@ def decode_alone(folder: str) -> Callable[[int], int]:
     return read
 
 
+def pillow_alone(folder: str) -> Callable[[int], int]:
+    """The same bytes, decoded by Pillow."""
+    stream = ImageStream(folder, batch_size=1)
+    encoded = stream.shards.read(range(len(stream)))
+
+    def read(count: int) -> int:
+        return sum(np.asarray(Image.open(io.BytesIO(encoded[i % len(encoded)]))).nbytes for i in range(count))
+
+    return read
+
+
 def reader(url: str, **settings) -> Callable[[int], int]:
     """Whole batches, as training gets them; each call goes on where the last one ended."""
     batches = ImageStream(url, batch_size=BATCH, **settings).batches()
@@ -96,6 +108,16 @@ def reader(url: str, **settings) -> Callable[[int], int]:
 
     def read(count: int) -> int:
         return sum(batch.images.nbytes for batch in itertools.islice(batches, count // BATCH))
+
+    return read
+
+
+def first_epoch(url: str, **settings) -> Callable[[int], int]:
+    """A new stream each time, over all of the set: nothing is kept from before. The index is read before the clock starts."""
+    streams = [ImageStream(url, batch_size=BATCH, **settings) for _ in range(ROUNDS + 1)]
+
+    def read(count: int) -> int:
+        return sum(batch.images.nbytes for batch in itertools.islice(streams.pop().batches(), count // BATCH))
 
     return read
 
@@ -110,7 +132,7 @@ def plain_webdataset(folder: str, shards: int) -> Callable[[int], int]:
     def read(count: int) -> int:
         total = 0
         for _ in range(count // BATCH):
-            batch = [torch.from_numpy(next(images)["png"]).permute(2, 0, 1) for _ in range(BATCH)]
+            batch = [torch.tensor(next(images)["png"]).permute(2, 0, 1) for _ in range(BATCH)]
             total += torch.stack(batch).nbytes
         return total
 
@@ -118,7 +140,7 @@ def plain_webdataset(folder: str, shards: int) -> Callable[[int], int]:
 
 
 def pillow_folder(paths: list[str], resolution: int) -> Callable[[int], int]:
-    """As the published code: open, RGB, resize with Pillow where needed, stacked as uint8 (it makes float32 of it, too)."""
+    """As the published code: open, RGB, resize with Pillow where needed, to float32 in [0, 1] with channels first (ToTensor), stack."""
     images = itertools.cycle(paths)
 
     def read(count: int) -> int:
@@ -129,7 +151,7 @@ def pillow_folder(paths: list[str], resolution: int) -> Callable[[int], int]:
                 picture = Image.open(path).convert("RGB")
                 if picture.width != resolution:
                     picture = picture.resize((resolution, resolution), Image.Resampling.BICUBIC)
-                batch.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+                batch.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255))
             total += torch.stack(batch).nbytes
         return total
 
@@ -185,13 +207,13 @@ def machine() -> str:
 
 
 def run(options: argparse.Namespace, work: str) -> str:
-    source = os.path.join(work, "photos")
+    source = os.path.join(work, f"photos-{options.images}")
     photos.make(source, options.images, 1024)
-    paths = sorted(os.path.join(source, name) for name in os.listdir(source) if name.endswith(".png"))[: options.images]
+    paths = sorted(os.path.join(source, name) for name in os.listdir(source) if name.endswith(".png"))
     sets, sizes = {}, {}
     for resolution in (1024, 256):
         for name, settings in FORMATS.items():
-            folder = os.path.join(work, f"{resolution}-{name}")
+            folder = os.path.join(work, f"{resolution}-{name}-{options.images}")
             if not os.path.exists(os.path.join(folder, "index.json")):
                 pack(
                     source, folder, resolution=resolution, image_format=name, num_workers=os.cpu_count(),
@@ -213,12 +235,14 @@ def run(options: argparse.Namespace, work: str) -> str:
         fs = s3fs.S3FileSystem(**storage_options, skip_instance_cache=True)
         for resolution in (1024, 256):
             fs.put(sets[resolution, "png"], f"bench/{resolution}-png", recursive=True)
+            remote = f"s3://bench/{resolution}-png"
             rows = {
                 "decode alone, PNG (the limit)": decode_alone(sets[resolution, "png"]),
                 "sivae, local disk": reader(sets[resolution, "png"]),
-                "sivae, S3 on loopback": reader(f"s3://bench/{resolution}-png", storage_options=storage_options),
+                "sivae, S3 on loopback, first epoch": first_epoch(remote, storage_options=storage_options),
+                "sivae, S3 on loopback, later": reader(remote, storage_options=storage_options),
                 "webdataset, local disk": plain_webdataset(sets[resolution, "png"], shards[resolution, "png"]),
-                "folder of 1024-pixel PNG, Pillow": pillow_folder(paths, resolution),
+                "folder of 1024-pixel PNG, as published": pillow_folder(paths, resolution),
             }
             if options.peer:
                 rows["mosaicml-streaming, local disk"] = peer(os.path.join(work, "mds"), paths)
@@ -227,13 +251,15 @@ def run(options: argparse.Namespace, work: str) -> str:
                 f"Training at {resolution} pixels", measure(rows, options.images), "decode alone, PNG (the limit)", png
             )
             rows = {f"sivae, {name}": reader(sets[resolution, name]) for name in FORMATS}
-            rows["PNG by Pillow"] = pillow_folder(paths, 1024)
+            rows["QOI, decode alone"] = decode_alone(sets[resolution, "qoi"])
+            rows["PNG by Pillow, decode alone"] = pillow_alone(sets[resolution, "png"])
+            rows["PNG by Pillow, as published"] = pillow_folder(paths, 1024)
             if resolution == 1024:
                 times = measure(rows, options.images)
                 lines += table(
                     "By format at 1024 pixels, local disk",
                     times,
-                    "PNG by Pillow",
+                    "PNG by Pillow, decode alone",
                     {f"sivae, {n}": sizes[1024, n] for n in FORMATS},
                 )
     return "\n".join(lines)

@@ -14,7 +14,8 @@ import os
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from tqdm import tqdm
+
+from sivae.progress import progress_bar
 
 NOISE = 0.9  # standard deviation of the noise, in 8-bit steps, that gives FFHQ's bytes per image
 
@@ -37,12 +38,14 @@ def make(folder: str, count: int, resolution: int) -> int:
     """Write count PNG files into a folder, unless they are there. Returns their bytes."""
     os.makedirs(folder, exist_ok=True)
     total = 0
-    for number in tqdm(range(count), desc="making photographs", unit="image"):
-        path = os.path.join(folder, f"{number:05d}.png")
-        if not os.path.exists(path):
-            photo(number, resolution).save(f"{path}.part", format="PNG")
-            os.replace(f"{path}.part", path)
-        total += os.path.getsize(path)
+    with progress_bar(count, "making photographs", " images") as bar:
+        for number in range(count):
+            path = os.path.join(folder, f"{number:05d}.png")
+            if not os.path.exists(path):
+                photo(number, resolution).save(f"{path}.part", format="PNG")
+                os.replace(f"{path}.part", path)
+            total += os.path.getsize(path)
+            bar.update()
     return total
 
 
