@@ -158,14 +158,15 @@ def pillow_folder(paths: list[str], resolution: int) -> Callable[[int], int]:
     return read
 
 
-def peer(folder: str, paths: list[str]) -> Callable[[int], int]:
+def peer(folder: str, paths: list[str], resolution: int) -> Callable[[int], int]:
     """mosaicml-streaming's MDS with PNG bytes, decoded by its own Pillow."""
     from streaming import MDSWriter, StreamingDataset
 
     if not os.path.exists(folder):
         with MDSWriter(out=folder, columns={"x": "png"}) as writer:
             for path in paths:
-                writer.write({"x": Image.open(path).convert("RGB")})
+                picture = Image.open(path).convert("RGB")
+                writer.write({"x": picture.resize((resolution, resolution), Image.Resampling.LANCZOS)})
     data = StreamingDataset(local=folder, shuffle=True, batch_size=BATCH)
     images = itertools.chain.from_iterable(data for _ in itertools.count())
 
@@ -245,7 +246,9 @@ def run(options: argparse.Namespace, work: str) -> str:
                 "folder of 1024-pixel PNG, as published": pillow_folder(paths, resolution),
             }
             if options.peer:
-                rows["mosaicml-streaming, local disk"] = peer(os.path.join(work, "mds"), paths)
+                rows["mosaicml-streaming, local disk"] = peer(
+                    os.path.join(work, f"{resolution}-mds"), paths, resolution
+                )
             png = {name: sizes[resolution, "png"] for name in rows if "1024" not in name}
             lines += table(
                 f"Training at {resolution} pixels", measure(rows, options.images), "decode alone, PNG (the limit)", png
