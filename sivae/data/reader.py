@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import math
 import operator
+import os
 import queue
 import signal
 import threading
@@ -287,6 +288,7 @@ class _Steps(IterableDataset):
 
     def __iter__(self):
         worker, stream = get_worker_info(), self.stream
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         items = stream.steps(self.images_seen, worker.id, worker.num_workers)
         # A worker that hangs, on a dead network mount for one, is killed by its own alarm and found dead.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -307,6 +309,12 @@ class _Steps(IterableDataset):
             yield item
             if isinstance(item, UserError):
                 return
+
+
+def _end_with_parent():
+    """DataLoader's own watch is over the parent's number, which under a fork server is the server's, and that lives on."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def one_ahead(work: Callable, items: Iterator, limit_sec: float) -> Iterator:

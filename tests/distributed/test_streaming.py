@@ -1,6 +1,6 @@
 """Proves on real runs of `sivae train` that a set streams from S3, through the cache and workers, as from the disk; that
-samples which are damaged stop a run with one sentence, or are substituted and counted over ranks and restarts; and that no
-credential lies in what a run leaves or says.
+samples which are damaged stop a run with one sentence, or are substituted and counted over ranks and restarts; that no
+credential lies in what a run leaves or says; and that a killed run leaves no data worker behind.
 
     python -m pytest tests/distributed/test_streaming.py
 """
@@ -8,16 +8,19 @@ credential lies in what a run leaves or says.
 import json
 import os
 import random
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from sivae.checkpoint import list_names
 from sivae.data.index import Index
 from sivae.data.pack import pack
 from sivae.storage import Folder
-from tests.processes import run_sivae
+from tests.processes import ROOT, TIMEOUT_SEC, environment, run_sivae, sivae_command
 from tests.proxy import address, object_store
 
 COUNT, TOTAL = 64, 256  # images in the set, and of a run: four epochs
@@ -148,3 +151,26 @@ def test_credentials_from_the_environment_and_one_sentence_without_them(s3, tmp_
     failed = run_sivae(given)
     assert failed.returncode == 1 and not secrets_in(failed.stderr + failed.stdout)
     assert "UserError: cannot read s3://streaming/set/index.json: TimeoutError" in failed.stderr
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])  # workers are forked, and started by a server
+def test_data_workers_end_with_a_killed_run(folder, s3, tmp_path, where):
+    url = folder if where == "local" else "s3://streaming/set"
+    endless = ["data.num_workers=2", "schedule.total_images=16000000", "tracking.picture_images=16000000"]
+    secret = [] if where == "local" else [f"data.storage_options={json.dumps(s3)}"]
+    command = sivae_command(arguments(url, tmp_path / "run", *endless, *secret))
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL) as run:
+        try:
+            deadline = time.monotonic() + TIMEOUT_SEC
+            while (
+                not (tmp_path / "run" / "metrics.jsonl").exists()
+                or not (tmp_path / "run" / "metrics.jsonl").read_text()
+            ):
+                assert run.poll() is None and time.monotonic() < deadline
+                time.sleep(0.2)
+            children = psutil.Process(run.pid).children(recursive=True)
+            assert len(children) >= 2
+        finally:
+            run.kill()
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert not left
