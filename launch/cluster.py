@@ -84,10 +84,13 @@ def _start_local(env_vars: dict[str, str] | None) -> None:
     # Without one Ray writes a token into the home directory.
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")
     # A raylet that was started by hand on this machine is not ours.
     os.environ.pop("RAY_ADDRESS", None)
     import ray
 
+    # (Workers inherit this process's environment here.)
     ray.init(
         address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
         runtime_env={"env_vars": _worker_environment() | (env_vars or {})},

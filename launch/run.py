@@ -212,6 +212,9 @@ class Attempt:
                 self.run.say(reason)
                 self.board.ask_stop.remote()
         self._read()
+        if self.error is not None and len(self.failures) < len(self.joined) - 1:
+            time.sleep(1.0)  # the last words of those who saw it
+            self._read()
         lasting = [sentence for _, sentence, is_lasting in self.failures if is_lasting]
         if lasting:
             raise UserError(lasting[0])
@@ -276,17 +279,22 @@ class Attempt:
         return next((place["node"] for place in self.joined.values() if place["node_id"] in leaving), None)
 
     def _fault(self) -> str:
-        """What ended the attempt, as a clause."""
-        said = next((sentence for _, sentence, _ in self.failures), None)
-        died = getattr(self.error, "worker_failures", {})
-        # The one that died is told, not the others whose connection to it broke.
-        for rank, error in sorted(died.items()):
-            if type(error).__name__ in ("ActorDiedError", "RayActorError", "ActorUnavailableError", "WorkerCrashedError", "NodeDiedError"):
-                node = self.joined.get(rank, {}).get("node", "?")
-                return f"rank {rank} on node {node} was lost"
-        cause = next(iter(died.values()), None) or getattr(self.error, "controller_failure", None) or self.error
-        text = " ".join(str(getattr(cause, "_original_exception", cause) or cause).split())
-        return said or f"the workers ended with {type(cause).__name__}: {text[:300]}"
+        """What ended the attempt, as a clause: the ones that died without a word, not those whose connection to them broke."""
+        from ray.exceptions import RayActorError
+
+        said = {rank: sentence for rank, sentence, _ in self.failures}
+        ended = getattr(self.error, "worker_failures", {})
+        died = {rank for rank, error in ended.items() if isinstance(error, RayActorError)} & set(self.joined)
+        lost = sorted(died or set(self.joined) - set(said))
+        if lost:
+            nodes = sorted({self.joined[rank]["node"] for rank in lost})
+            which = f"rank {lost[0]} on node {nodes[0]} was" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))} on nodes {', '.join(nodes)} were"
+            return f"{which} lost"
+        if said:
+            rank = min(said)
+            return f"rank {rank} ended with {said[rank]}"
+        cause = getattr(self.error, "controller_failure", None) or self.error
+        return f"the workers could not be started ({type(cause).__name__}: {' '.join(str(cause).split())[:300]})"
 
 
 def placement_table(joined: dict[int, dict[str, Any]]) -> str:

@@ -62,6 +62,10 @@ def run(config: dict[str, Any]) -> dict[str, Any] | None:
         )
         ray.get(board.fail.remote(rank, sentence, True))
         raise
+    except Exception as error:
+        # Whoever leaves no word at all is the one that was lost.
+        ray.get(board.fail.remote(rank, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False))
+        raise
     finally:
         done.set()
     return {"images_seen": result.images_seen, "interrupted": result.interrupted, "metrics": result.metrics,
