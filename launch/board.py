@@ -15,12 +15,14 @@ from sivae.config import Config
 @dataclass(frozen=True)
 class Orders:
     """What every worker of an attempt is told. `newest` is a checkpoint that is known to be there, `restarted` whether this
-    is not the first attempt, `cache_dir` the folder for node-local caches (None: a folder of the node's own choice)."""
+    is not the first attempt, `cache_dir` the folder for node-local caches (None: a folder of the node's own choice).
+    `lockstep`: after a report the workers wait until the driver has dealt with it."""
 
     settings: Config
     newest: str | None
     restarted: bool
     cache_dir: str | None
+    lockstep: bool = False
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Board:
     def __init__(self, orders: Orders):
         self._orders = orders
         self._stop = False
+        self._dealt_with = 0
         self._news = News()
 
     def orders(self) -> Orders:
@@ -60,6 +63,13 @@ class Board:
 
     def stop_asked(self) -> bool:
         return self._stop
+
+    def deal_with(self, reports: int) -> None:
+        """So many reports more have been dealt with."""
+        self._dealt_with += reports
+
+    def dealt_with(self) -> int:
+        return self._dealt_with
 
     def news(self) -> News:
         news, self._news = self._news, News()

@@ -29,15 +29,17 @@ def prepare_environment() -> None:
     os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "1")
 
 
-def connect(address: str | None, env_vars: dict[str, str] | None = None, wait_sec: float = 0.0) -> None:
+def connect(
+    address: str | None, env_vars: dict[str, str] | None = None, wait_sec: float = 0.0, dashboard: bool = False
+) -> None:
     """Join the cluster at `address` (host:port), or start a Ray on this machine alone when it is None.
 
     `env_vars` reach every worker. Waits up to `wait_sec` for the cluster to answer. Raises UserError in one sentence when
-    nothing answers there, or the token is wrong.
+    nothing answers there, or the token is wrong, or `dashboard` is needed and the cluster has none.
     """
     prepare_environment()
     if address is None:
-        _start_local(env_vars)
+        _start_local(env_vars, dashboard)
         return
     deadline = time.monotonic() + wait_sec
     while reason := _no_answer(address):
@@ -62,13 +64,18 @@ def connect(address: str | None, env_vars: dict[str, str] | None = None, wait_se
         # The job has shipped it; what the job itself sets must not be set again.
         runtime_env = {"env_vars": {k: v for k, v in variables.items() if k not in job.get("env_vars", {})}}
     try:
-        ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR, log_to_driver=False)
+        joined = ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR, log_to_driver=False)
     except AuthenticationError:
         raise wrong_token(address) from None
     except (ConnectionError, RaySystemError, RuntimeError, ValueError) as error:
         if "token" in str(error).lower() or "auth" in str(error).lower():
             raise wrong_token(address) from None
         raise UserError(f"--address: cannot join the Ray cluster at {address} ({_first_line(error)})") from None
+    if dashboard and not joined.dashboard_url:
+        raise UserError(
+            f"--address: the cluster at {address} runs without its dashboard, which frees the places of trials that end"
+            " early; start its head with `ray start --head --include-dashboard=true` (it listens on 127.0.0.1)"
+        )
 
 
 def wrong_token(address: str) -> UserError:
@@ -78,7 +85,7 @@ def wrong_token(address: str) -> UserError:
     )
 
 
-def _start_local(env_vars: dict[str, str] | None) -> None:
+def _start_local(env_vars: dict[str, str] | None, dashboard: bool) -> None:
     # Ray's own switch for machines that form no cluster: every port of it is on 127.0.0.1 then.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # Without one Ray writes a token into the home directory.
@@ -92,7 +99,7 @@ def _start_local(env_vars: dict[str, str] | None) -> None:
 
     # (Workers inherit this process's environment here.)
     ray.init(
-        address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
+        address="local", include_dashboard=dashboard, dashboard_host="127.0.0.1", logging_level=logging.ERROR, log_to_driver=False,
         runtime_env={"env_vars": _worker_environment() | (env_vars or {})},
     )  # fmt: skip
 
@@ -117,6 +124,22 @@ def _no_answer(address: str) -> str | None:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class Quiet:
+    """A stream without what Ray prints of its own accord when a node or worker dies: pages of its log. The driver says who was lost."""
+
+    def __init__(self, stream):
+        self._stream, self._dropped = stream, False
+
+    def write(self, text: str) -> int:
+        ended, self._dropped = self._dropped, "(raylet)" in text
+        if not self._dropped and not (ended and text == "\n"):
+            self._stream.write(text)
+        return len(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
 
 
 @dataclass(frozen=True)

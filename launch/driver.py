@@ -28,7 +28,7 @@ def say(text: str) -> None:
 def tell(metrics: dict[str, float], checkpoint: str | None) -> None:
     named = {name.split("/")[-1]: value for name, value in metrics.items()}
     values = ", ".join(f"{short} {named[name]:.4g}" for name, short in SHOWN.items() if name in named)
-    say(values + (f", checkpoint {checkpoint}" if checkpoint else ""))
+    say(", ".join(filter(None, (values, checkpoint and f"checkpoint {checkpoint}"))))
 
 
 def drive(arguments: list[str]) -> int:
@@ -37,9 +37,8 @@ def drive(arguments: list[str]) -> int:
     count = Path(os.environ[train.FAILURES_FILE]) if train.FAILURES_FILE in os.environ else None
     failures = int(count.read_text() or 0) if count else 0
     numbers = sizes(settings, parse_workers(options.workers))
-    if len(numbers) > 1:
-        every = range(numbers[0], numbers[-1] + 1)
-        rest = [n for n in every if n not in numbers]
+    if ":" in options.workers:
+        rest = [n for n in parse_workers(options.workers) if n not in numbers]
         say(
             f"elastic: {', '.join(map(str, numbers))} workers divide the global batch of {settings.schedule.batch_size}"
             + (f" ({', '.join(map(str, rest))} do not)" if rest else "") + ", which stays the same"
@@ -97,6 +96,7 @@ def _stop_on_signals(run: Run) -> None:
 
 def main() -> int:
     arguments = sys.argv[1:]
+    sys.stdout = cluster.Quiet(sys.stdout)
     try:
         return drive(arguments)
     except (UserError, ConfigError) as error:

@@ -21,7 +21,7 @@ from launch.cluster import Need
 from sivae.config import Config, ConfigError
 from sivae.errors import UserError
 
-WATCH_SEC = 0.5
+WATCH_SEC = 0.3
 SETTLE_SEC = 20.0  # how long to wait for the number of workers there was before, before going on with fewer
 GROW_PATIENCE = 2  # looks in a row that must find room for more workers
 
@@ -77,7 +77,10 @@ def sizes(settings: Config, workers: range) -> list[int]:
 class Run:
     """One run on the cluster that this process is connected to. `go` may be called once; `stop` from any thread.
 
-    `say` gets sentences for a person, `on_report` every report of rank 0 as (metrics, checkpoint).
+    `say` gets sentences for a person, `on_report` every report of rank 0 as (metrics, checkpoint), in the thread of `go`.
+    `lockstep`: the workers wait after a report until `on_report` has returned. `janitor`: this process may end long before
+    the connection to the cluster does (a trial of a sweep), so Ray's own janitor must free the workers' places then; it
+    needs the cluster's dashboard, and where there is none it would stay for ever.
     """
 
     settings: Config
@@ -88,8 +91,11 @@ class Run:
     on_report: Callable[[dict[str, float], str | None], None] = lambda metrics, checkpoint: None
     on_failure: Callable[[int], None] = lambda failures: None
     cache_dir: str | None = None
+    lockstep: bool = False
+    janitor: bool = False
     failures: int = 0
     newest: str | None = None
+    restarted: bool = False
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def stop(self) -> None:
@@ -99,7 +105,7 @@ class Run:
     def go(self) -> Outcome:
         """Train to the end. Raises UserError: a lasting error in its own sentence, or that the limit of failures is reached."""
         self._refuse_impossible()
-        before, restarted = None, self.failures > 0
+        before, restarted = None, self.restarted or self.failures > 0
         while True:
             number = self._wait_for_room(before)
             if number is None:
@@ -178,7 +184,7 @@ class Attempt:
 
     def __init__(self, run: Run, number: int, restarted: bool):
         self.run, self.number = run, number
-        self.board = open_board(Orders(run.settings, run.newest, restarted, run.cache_dir))
+        self.board = open_board(Orders(run.settings, run.newest, restarted, run.cache_dir, run.lockstep))
         self.joined: dict[int, dict[str, Any]] = {}
         self.failures: list[tuple[int, str, bool]] = []
         self.done = threading.Event()
@@ -226,7 +232,6 @@ class Attempt:
 
     def _fit(self) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
         from ray.train.v2.api.config import LoggingConfig
 
         from launch import worker
@@ -234,7 +239,7 @@ class Attempt:
         try:
             # Ray Train notes some bookkeeping here; nothing of the run depends on it.
             with tempfile.TemporaryDirectory(prefix="sivae-ray-", ignore_cleanup_errors=True) as notes:
-                trainer = TorchTrainer(
+                trainer = group_trainer(self.run.janitor)(
                     worker.run,
                     train_loop_config={"board": self.board},
                     scaling_config=ScalingConfig(
@@ -271,6 +276,8 @@ class Attempt:
         for metrics, checkpoint in news.reports:
             self.run.newest = checkpoint or self.run.newest
             self.run.on_report(metrics, checkpoint)
+            if self.run.lockstep:
+                self.board.deal_with.remote(1)
 
     def _leaving(self) -> str | None:
         if not self.joined:
@@ -295,6 +302,19 @@ class Attempt:
             return f"rank {rank} ended with {said[rank]}"
         cause = getattr(self.error, "controller_failure", None) or self.error
         return f"the workers could not be started ({type(cause).__name__}: {' '.join(str(cause).split())[:300]})"
+
+
+def group_trainer(janitor: bool) -> type:
+    """Ray Train's TorchTrainer, with or without its janitor. Without: the places go when the driver leaves the cluster."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self):
+            callbacks = super()._create_default_callbacks()
+            return [one for one in callbacks if janitor or not isinstance(one, PlacementGroupCleanerCallback)]
+
+    return Trainer
 
 
 def placement_table(joined: dict[int, dict[str, Any]]) -> str:

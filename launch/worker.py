@@ -41,9 +41,15 @@ def run(config: dict[str, Any]) -> dict[str, Any] | None:
     if rank == 0:
         threading.Thread(target=_watch, args=(board, done), daemon=True).start()
 
+    reports = 0
+
     def report(metrics: dict[str, float], name: str | None) -> None:
+        nonlocal reports
         if rank == 0:
             board.report.remote(dict(metrics), name)
+            reports += 1
+            while orders.lockstep and ray.get(board.dealt_with.remote()) < reports:
+                time.sleep(0.05)
 
     try:
         check_directory(orders)

@@ -1,0 +1,2 @@
+def write(spec, folder, results):
+    yield str(results.get_dataframe())
