@@ -11,7 +11,10 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +67,10 @@ def connect(
         # The job has shipped it; what the job itself sets must not be set again.
         runtime_env = {"env_vars": {k: v for k, v in variables.items() if k not in job.get("env_vars", {})}}
     try:
-        joined = ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR, log_to_driver=False)
-    except AuthenticationError:
-        raise wrong_token(address) from None
-    except (ConnectionError, RaySystemError, RuntimeError, ValueError) as error:
-        if "token" in str(error).lower() or "auth" in str(error).lower():
+        with _silence():
+            joined = ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR, log_to_driver=False)
+    except (AuthenticationError, ConnectionError, RaySystemError, RuntimeError, ValueError) as error:
+        if _is_refused_token(error):
             raise wrong_token(address) from None
         raise UserError(f"--address: cannot join the Ray cluster at {address} ({_first_line(error)})") from None
     if dashboard and not joined.dashboard_url:
@@ -120,6 +122,30 @@ def _no_answer(address: str) -> str | None:
     except (OSError, OverflowError) as error:
         return getattr(error, "strerror", None) or str(error)
     return None
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing on stderr, not even from compiled code: Ray repeats a refused token twenty times there before it raises."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _is_refused_token(error: BaseException | None) -> bool:
+    from ray.exceptions import AuthenticationError
+
+    while error is not None:
+        if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error) or "authentication token" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _first_line(error: BaseException) -> str:

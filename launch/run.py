@@ -234,13 +234,11 @@ class Attempt:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.config import LoggingConfig
 
-        from launch import worker
-
         try:
             # Ray Train notes some bookkeeping here; nothing of the run depends on it.
             with tempfile.TemporaryDirectory(prefix="sivae-ray-", ignore_cleanup_errors=True) as notes:
                 trainer = group_trainer(self.run.janitor)(
-                    worker.run,
+                    work,
                     train_loop_config={"board": self.board},
                     scaling_config=ScalingConfig(
                         num_workers=self.number, use_gpu=self.run.need.gpus > 0, resources_per_worker=self.run.need.resources,
@@ -302,6 +300,13 @@ class Attempt:
             return f"rank {rank} ended with {said[rank]}"
         cause = getattr(self.error, "controller_failure", None) or self.error
         return f"the workers could not be started ({type(cause).__name__}: {' '.join(str(cause).split())[:300]})"
+
+
+def work(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What a worker runs. Imported there alone: a driver needs no DeepSpeed."""
+    from launch import worker
+
+    return worker.run(config)
 
 
 def group_trainer(janitor: bool) -> type:

@@ -15,6 +15,7 @@ import os
 import random
 import signal
 import sys
+import warnings
 from typing import Any
 
 import yaml
@@ -82,13 +83,12 @@ def sweep(options: argparse.Namespace) -> int:
     cluster.connect(options.address, variables, dashboard=True)
     gpus = float(settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus()))
     together = concurrency(spec, gpus)
-    interrupted, results = tune_trials(spec, folder, gpus, together, options.cache_dir)
-    if interrupted:
+    if not tune_trials(spec, folder, gpus, together, options.cache_dir):
         say("stopped; run the same command to go on")
         return EXIT_INTERRUPTED
     from launch import sweep_report
 
-    for line in sweep_report.write(spec, folder, results):
+    for line in sweep_report.write(spec, folder):
         print(line)
     return 0
 
@@ -122,8 +122,8 @@ def concurrency(spec: Spec, gpus: float) -> int:
     return together
 
 
-def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_dir: str | None) -> tuple[bool, Any]:
-    """Start the trials, or go on with them; (whether it was interrupted, Tune's result grid)."""
+def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_dir: str | None) -> bool:
+    """Start the trials, or go on with them; whether all came to their end."""
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a SIGKILL may cost
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else it prints tables of its own
@@ -135,6 +135,7 @@ def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_di
     from launch import trial
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Consider boosting PBT performance")
     random.seed(spec.seed)  # population based training draws from the module's own
     from numpy import random as numpy_random
 
@@ -174,26 +175,26 @@ def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_di
                 failure_config=tune.FailureConfig(max_failures=spec.max_failures),
             ),
         )  # fmt: skip
-    results = tuner.fit()
+    tuner.fit()
     if watcher.fatal:
         raise UserError(watcher.fatal)
-    return not watcher.ended, results
+    return watcher.ended
 
 
 def plan(spec: Spec, together: int) -> tuple[dict, Any, Any, int]:
     """Tune's parameter space, search, scheduler and number of samples."""
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
+    from ray.tune.schedulers import ASHAScheduler
 
+    last = spec.rounds(spec.settings(spec.corners()[0]).schedule.total_images)
     domains = {key: domain(how) for key, how in spec.space.items()}
     scheduler = None
     if spec.scheduler == "asha":
-        last = spec.rounds(spec.settings(spec.corners()[0]).schedule.total_images)
         scheduler = ASHAScheduler(
             time_attr="rounds", max_t=last + 1, grace_period=spec.asha.grace_rounds, reduction_factor=spec.asha.reduction_factor
         )
     if spec.search == "pbt":
-        scheduler = PopulationBasedTraining(
+        scheduler = exchange_class(last)(
             time_attr="rounds", perturbation_interval=spec.pbt.every_rounds, quantile_fraction=spec.pbt.quantile,
             resample_probability=spec.pbt.resample, synch=True, log_config=False,
             hyperparam_mutations={"point": {key: getattr(d, "categories", d) for key, d in domains.items()}},
@@ -208,6 +209,20 @@ def plan(spec: Spec, together: int) -> tuple[dict, Any, Any, int]:
         return {"point": domains}, ConcurrencyLimiter(OptunaSearch(seed=spec.seed), together), scheduler, spec.trials
     # All points are drawn before: a sweep that starts again has the same trials.
     return {"point": tune.grid_search(spec.draw())}, None, scheduler, 1
+
+
+def exchange_class(last_round: int) -> type:
+    from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
+
+    class Exchange(PopulationBasedTraining):
+        """Ray's, without an exchange after the last report, which nobody would train on from."""
+
+        def on_trial_result(self, controller, trial, result):
+            if result["rounds"] >= last_round:
+                return TrialScheduler.CONTINUE
+            return super().on_trial_result(controller, trial, result)
+
+    return Exchange
 
 
 def domain(how: dict[str, list[Any]]) -> Any:

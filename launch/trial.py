@@ -21,7 +21,7 @@ from sivae.config import Config, ConfigError
 from sivae.errors import UserError
 from sivae.storage import Folder
 
-POINTER, LINEAGE, FAILED = "pointer.json", "lineage.json", "failed.json"
+POINTER, LINEAGE, FAILED, HISTORY = "pointer.json", "lineage.json", "failed.json", "history.json"
 
 
 def run(config: dict[str, Any], spec: Spec, gpus: float, cache_dir: str | None) -> None:
@@ -99,18 +99,31 @@ class Trial:
             return
         images = images_of(name)
         told = {"images_seen": images, "rounds": self.spec.rounds(images), "run": self.folder.url, "checkpoint_name": name}
-        told |= {f"set/{key}": value for key, value in self.values.items()} | metrics
+        told |= metrics
+        self._remember(images, metrics, name)
         with tempfile.TemporaryDirectory() as pointer:
             with open(os.path.join(pointer, POINTER), "w") as file:
                 json.dump({"trial": self.trial_id, "checkpoint": name}, file)
             tune.report(told, checkpoint=tune.Checkpoint.from_directory(pointer))
         self.told = name
 
+    def _remember(self, images: int, metrics: dict[str, float], name: str) -> None:
+        """The trial's own account of itself, which the sweep's table and pictures are made from."""
+        history = read_history(self.folder)
+        rounds = self.spec.rounds(images)
+        line = {"rounds": rounds, "images_seen": images, "checkpoint": name, "values": self.values, "metrics": metrics}
+        history = [before for before in history if before["rounds"] < rounds] + [line]
+        self.folder.write(json.dumps(history).encode(), HISTORY)
+
     def _no_metric(self) -> NoMetric:
         return NoMetric(
             f"metric: {self.spec.metric} was never reported in {self.reports_without} reports; reported are"
             f" {', '.join([*getattr(self, 'seen', []), *JUDGED])}"
         )
+
+
+def read_history(folder: Folder) -> list[dict[str, Any]]:
+    return json.loads(folder.read(HISTORY)) if folder.exists(HISTORY) else []
 
 
 def cluster_cache(cache_dir: str | None) -> None:

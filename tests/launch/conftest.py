@@ -23,6 +23,7 @@ if importlib.util.find_spec("ray") is None:
 
 TOTAL_IMAGES, EVERY_IMAGES = 2880, 96
 LIMIT_SEC = 180
+MARK = "SIVAE_TEST_MARK"
 RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # every port on 127.0.0.1
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -80,7 +81,7 @@ class Process:
         self.log, self.command = log, command
         with open(log, "wb") as file:
             self.popen = subprocess.Popen(
-                command, cwd=ROOT, env=environment() | variables, stdout=file, stderr=subprocess.STDOUT
+                command, cwd=ROOT, env=environment() | {MARK: str(os.getpid())} | variables, stdout=file, stderr=subprocess.STDOUT
             )
 
     @property
@@ -134,22 +135,23 @@ def start(tmp_path):
 
 @pytest.fixture
 def nothing_left():
-    """Fails when a Ray process or a driver that was not there before still lives some seconds later."""
-    before = {process.pid for process in ray_processes()}
+    """Fails when anything that came of a command of this test still lives some seconds after it."""
     yield
     deadline = time.monotonic() + 20
-    while (left := [p for p in ray_processes() if p.pid not in before]) and time.monotonic() < deadline:
+    while (left := marked_processes()) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left, left
 
 
-def ray_processes() -> list[psutil.Process]:
+def marked_processes() -> list[psutil.Process]:
+    """Processes that descend from `start`, however far: the mark is in their environment."""
     found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if process.info["name"] in ("raylet", "gcs_server") or line.startswith("ray::") or "launch.driver" in line:
-            if process.status() != psutil.STATUS_ZOMBIE:
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(os.getpid()) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
+        except psutil.Error:
+            continue
     return found
 
 

@@ -6,6 +6,7 @@ pytest tests/launch/test_train.py
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import psutil
@@ -18,7 +19,6 @@ from tests.launch.conftest import (
     kill,
     logged_images,
     newest_images,
-    ray_processes,
     refused,
     tensors,
     worker_pids,
@@ -145,7 +145,7 @@ def test_directory_that_is_not_shared(small, start, tmp_path, make_cluster):
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("this user may not make a mount namespace")
     cluster = make_cluster(1)
-    command = f"mount --bind {own} {shared} && exec ray start --address={cluster.address} --num-cpus=1 --block"
+    command = f"mount --bind {own} {shared} && exec {sys.executable} -m ray.scripts.scripts start --address={cluster.address} --num-cpus=1 --block"
     with open(tmp_path / "node.log", "wb") as log:
         node = subprocess.Popen(["unshare", "--mount", "bash", "-c", command], stdout=log, stderr=log)
     try:
@@ -177,10 +177,8 @@ def test_bad_input_is_one_sentence(start, small, tmp_path, nothing_left, argumen
     assert all(word in sentence for word in words), sentence
 
 
-def test_wrong_token(start, small, tmp_path, make_cluster):
+def test_wrong_token(start, small, tmp_path, make_cluster, nothing_left):
     cluster = make_cluster(1)
-    before = set(ray_processes())
     process = start(MODULE, [*small(tmp_path / "run"), "--address", cluster.address], RAY_AUTH_TOKEN="f" * 32)
     sentence = refused(process, MODULE)
     assert "refuses this token" in sentence and "RAY_AUTH_TOKEN" in sentence and "f" * 32 not in process.text
-    assert not {p for p in ray_processes() if p not in before}
