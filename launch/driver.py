@@ -16,7 +16,7 @@ from launch.supervise import LOST
 from sivae.config import ConfigError
 from sivae.errors import UserError
 
-SAME_REQUEST_SEC = 1.0  # a launcher may signal every process of a job, and the watcher hands it on as well
+SAME_REQUEST_SEC = 1.0  # a launcher may signal every process of a job, and the watcher hands it on as well; see sivae/signals.py
 SHOWN = {"loss_encoder": "enc", "loss_decoder": "dec", "rec": "rec", "kl_real": "kl", "kl_gap": "gap", "images_per_sec": "images/s"}
 
 
@@ -87,7 +87,7 @@ def _stop_on_signals(run: Run) -> None:
         if not first_sec:
             first_sec.append(time.monotonic())
             run.stop()
-        elif time.monotonic() - first_sec[0] > SAME_REQUEST_SEC:
+        elif time.monotonic() - first_sec[0] > float(os.environ.get("SIVAE_SAME_REQUEST_SEC", SAME_REQUEST_SEC)):
             os._exit(128 + number)  # the cluster ends what this process started there
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -15,6 +15,8 @@ import os
 import random
 import signal
 import sys
+import threading
+import time
 import warnings
 from typing import Any
 
@@ -27,6 +29,7 @@ from sivae.config import ConfigError
 from sivae.errors import UserError
 from sivae.storage import Folder
 
+SAME_REQUEST_SEC = 1.0
 SPEC_FILE, TUNE_FOLDER = "sweep.yaml", "tune"
 
 
@@ -79,11 +82,12 @@ def sweep(options: argparse.Namespace) -> int:
     variables = environment(options.env)
     folder = Folder(spec.directory)
     remember(folder, spec)
-    _sigterm_as_sigint()
+    interrupted = _stop_on_signals()
     cluster.connect(options.address, variables, dashboard=True)
     gpus = float(settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus()))
     together = concurrency(spec, gpus)
-    if not tune_trials(spec, folder, gpus, together, options.cache_dir):
+    tune_trials(spec, folder, gpus, together, options.cache_dir)
+    if interrupted.is_set():
         say("stopped; run the same command to go on")
         return EXIT_INTERRUPTED
     from launch import sweep_report
@@ -122,8 +126,8 @@ def concurrency(spec: Spec, gpus: float) -> int:
     return together
 
 
-def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_dir: str | None) -> bool:
-    """Start the trials, or go on with them; whether all came to their end."""
+def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_dir: str | None) -> None:
+    """Start the trials, or go on with them, to their end or until a signal comes. Raises UserError when none can succeed."""
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a SIGKILL may cost
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else it prints tables of its own
@@ -178,7 +182,6 @@ def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_di
     tuner.fit()
     if watcher.fatal:
         raise UserError(watcher.fatal)
-    return watcher.ended
 
 
 def plan(spec: Spec, together: int) -> tuple[dict, Any, Any, int]:
@@ -255,7 +258,6 @@ def watch_class() -> type:
         def __init__(self, spec: Spec, folder: Folder):
             self.spec, self.folder = spec, folder
             self.fatal: str | None = None
-            self.ended = False
             self.numbers: dict[str, int] = {}
             watch = self
 
@@ -294,9 +296,6 @@ def watch_class() -> type:
         def on_trial_error(self, iteration, trials, trial, **info):
             say(f"trial {self.number(trial)} was lost more often than max_failures allows")
 
-        def on_experiment_end(self, trials, **info):
-            self.ended = all(trial.is_finished() for trial in trials)
-
     return Watch
 
 
@@ -308,9 +307,26 @@ def shown(values: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items())
 
 
-def _sigterm_as_sigint() -> None:
-    """Tune saves its state on SIGINT; a scheduler sends SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
+def _stop_on_signals() -> threading.Event:
+    """Set on SIGINT and SIGTERM, of which Tune hears as SIGUSR1: then it saves its state and ends the trials. Asked again, this
+    process ends at once."""
+    asked = threading.Event()
+    first_sec: list[float] = []
+
+    def handle(number, frame) -> None:
+        if first_sec and time.monotonic() - first_sec[0] > SAME_REQUEST_SEC:
+            os._exit(128 + number)
+        first_sec.append(time.monotonic())
+        asked.set()
+        if callable(signal.getsignal(signal.SIGUSR1)):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        else:
+            raise KeyboardInterrupt  # nothing runs yet
+
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return asked
 
 
 if __name__ == "__main__":
