@@ -52,9 +52,8 @@ def connect(
                 " or leave --address out to use this machine alone"
             )
         time.sleep(1.0)
-    from ray.exceptions import AuthenticationError, RaySystemError
-
     import ray
+    from ray.exceptions import AuthenticationError, RaySystemError
 
     variables = _worker_environment() | (env_vars or {})
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env")
@@ -68,7 +67,9 @@ def connect(
         runtime_env = {"env_vars": {k: v for k, v in variables.items() if k not in job.get("env_vars", {})}}
     try:
         with _silence():
-            joined = ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR, log_to_driver=False)
+            joined = ray.init(
+                address=address, runtime_env=runtime_env, logging_level=logging.ERROR, log_to_driver=False
+            )
     except (AuthenticationError, ConnectionError, RaySystemError, RuntimeError, ValueError) as error:
         if _is_refused_token(error):
             raise wrong_token(address) from None
@@ -142,7 +143,11 @@ def _is_refused_token(error: BaseException | None) -> bool:
     from ray.exceptions import AuthenticationError
 
     while error is not None:
-        if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error) or "authentication token" in str(error).lower():
+        if (
+            isinstance(error, AuthenticationError)
+            or "InvalidAuthToken" in str(error)
+            or "authentication token" in str(error).lower()
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -213,7 +218,8 @@ def nodes(need: Need) -> list[Node]:
             found.append(
                 Node(
                     f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
-                    _slots(free.get(node["NodeID"], {}), need), _slots(node["Resources"], need),
+                    _slots(free.get(node["NodeID"], {}), need),
+                    _slots(node["Resources"], need),
                 )  # fmt: skip
             )
     return found

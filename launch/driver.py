@@ -16,8 +16,17 @@ from launch.supervise import LOST
 from sivae.config import ConfigError
 from sivae.errors import UserError
 
-SAME_REQUEST_SEC = 1.0  # a launcher may signal every process of a job, and the watcher hands it on as well; see sivae/signals.py
-SHOWN = {"loss_encoder": "enc", "loss_decoder": "dec", "rec": "rec", "kl_real": "kl", "kl_gap": "gap", "images_per_sec": "images/s"}
+SAME_REQUEST_SEC = (
+    1.0  # a launcher may signal every process of a job, and the watcher hands it on as well; see sivae/signals.py
+)
+SHOWN = {
+    "loss_encoder": "enc",
+    "loss_decoder": "dec",
+    "rec": "rec",
+    "kl_real": "kl",
+    "kl_gap": "gap",
+    "images_per_sec": "images/s",
+}
 
 
 def say(text: str) -> None:
@@ -53,7 +62,11 @@ def drive(arguments: list[str]) -> int:
     _stop_on_signals(run)
     outcome = _in_thread(run)
     if outcome.interrupted:
-        say(f"stopped, checkpoint {outcome.checkpoint} is saved; run the same command to go on" if outcome.checkpoint else "stopped before anything was trained; run the same command to start")
+        say(
+            f"stopped, checkpoint {outcome.checkpoint} is saved; run the same command to go on"
+            if outcome.checkpoint
+            else "stopped before anything was trained; run the same command to start"
+        )
         return train.EXIT_INTERRUPTED
     print(f"{outcome.images_seen:,} images seen; checkpoint {settings.run.directory}/checkpoints/{outcome.checkpoint}")
     if outcome.picture:
@@ -112,7 +125,10 @@ def main() -> int:
         if isinstance(error, (ray.exceptions.RayError, ConnectionError)):
             print(f"launch.train: lost the cluster ({type(error).__name__})", file=sys.stderr)
             return LOST
-        print(f"launch.train: error: {type(error).__name__}: {' '.join(str(error).split())[:500]}; --debug shows where", file=sys.stderr)
+        print(
+            f"launch.train: error: {type(error).__name__}: {' '.join(str(error).split())[:500]}; --debug shows where",
+            file=sys.stderr,
+        )
         return train.EXIT_ERROR
     finally:
         if "ray" in sys.modules:

@@ -48,7 +48,11 @@ class Outcome:
 def parse_workers(text: str) -> range:
     """`4` or `2:8` as a range of numbers of workers."""
     first, colon, last = text.partition(":")
-    if not first.isdecimal() or (colon and not last.isdecimal()) or not 1 <= int(first) <= int(last if colon else first):
+    if (
+        not first.isdecimal()
+        or (colon and not last.isdecimal())
+        or not 1 <= int(first) <= int(last if colon else first)
+    ):
         raise UserError(f"--workers: {text} is neither a number (4) nor a range that rises (2:8)")
     return range(int(first), int(last if colon else first) + 1)
 
@@ -125,7 +129,9 @@ class Run:
                 raise UserError(f"{fault}; gave up after {self.failures} failures (--max-failures {limit}), {where}")
             if self._stop.is_set():
                 return Outcome(0, True, {}, self.newest)
-            self.say(f"{fault}; starting again, failure {self.failures}" + (f" of at most {limit}" if limit >= 0 else ""))
+            self.say(
+                f"{fault}; starting again, failure {self.failures}" + (f" of at most {limit}" if limit >= 0 else "")
+            )
 
     def _refuse_impossible(self) -> None:
         ever = cluster.most_ever(self.need)
@@ -166,7 +172,9 @@ class Run:
                 )
             if not told and waited > 3.0:
                 told = True
-                self.say(f"waiting up to {self.limits.wait_sec:g} seconds for room for {self.sizes[0]} workers, there is room for {free}")
+                self.say(
+                    f"waiting up to {self.limits.wait_sec:g} seconds for room for {self.sizes[0]} workers, there is room for {free}"
+                )
             self._stop.wait(0.5)
 
     def _patience(self, total: int) -> float:
@@ -293,7 +301,11 @@ class Attempt:
         lost = sorted(died or set(self.joined) - set(said))
         if lost:
             nodes = sorted({self.joined[rank]["node"] for rank in lost})
-            which = f"rank {lost[0]} on node {nodes[0]} was" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))} on nodes {', '.join(nodes)} were"
+            which = (
+                f"rank {lost[0]} on node {nodes[0]} was"
+                if len(lost) == 1
+                else f"ranks {', '.join(map(str, lost))} on nodes {', '.join(nodes)} were"
+            )
             return f"{which} lost"
         if said:
             rank = min(said)

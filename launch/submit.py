@@ -45,15 +45,27 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Arguments that are not listed here are those of launch.train (--workers, --placement, --max-failures, ...).",
     )  # fmt: skip
     parser.add_argument("what", help="YAML file inside this checkout, or its URL; or one of status, logs, stop, list")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value or ID", help="settings that replace the file's; the job's id")
     parser.add_argument(
-        "--address", default=os.environ.get("RAY_API_SERVER_ADDRESS"), help="http://host:port of the cluster's dashboard"
+        "overrides", nargs="*", metavar="key.path=value or ID", help="settings that replace the file's; the job's id"
+    )
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("RAY_API_SERVER_ADDRESS"),
+        help="http://host:port of the cluster's dashboard",
     )
     parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="environment variable for the job; without a value, as it is here")  # fmt: skip
     parser.add_argument("--no-wait", action="store_true", help="print the job's id and return")
     parser.add_argument("--pending-limit", type=float, default=300.0, metavar="SEC", help="give up on a job that has not started by then (default %(default)s)")  # fmt: skip
-    parser.add_argument("--driver-cpus", type=float, default=0.0, metavar="N", help="CPU slots of the driver itself, to place it (default 0)")
-    parser.add_argument("--driver-gpus", type=float, default=0.0, metavar="N", help="GPUs of the driver itself, to place it (default 0)")
+    parser.add_argument(
+        "--driver-cpus",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="CPU slots of the driver itself, to place it (default 0)",
+    )
+    parser.add_argument(
+        "--driver-gpus", type=float, default=0.0, metavar="N", help="GPUs of the driver itself, to place it (default 0)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -104,11 +116,17 @@ def command(options: argparse.Namespace, rest: list[str]) -> str:
     """The shell command of the job. Raises ConfigError or UserError for all that can be known here to be wrong."""
     for override in options.overrides:
         if "storage_options" in override:
-            raise UserError(f"{override.partition('=')[0]}: would stand in the job's command for all to read; give credentials by --env")
+            raise UserError(
+                f"{override.partition('=')[0]}: would stand in the job's command for all to read; give credentials by --env"
+            )
     parsed = train.build_parser().parse_args([options.what, *rest])
     settings = config.load(options.what, options.overrides)
     sizes(settings, parse_workers(parsed.workers))
-    for key, url in (("run.directory", settings.run.directory), ("data.url", settings.data.url), ("run.init_from", settings.run.init_from)):
+    for key, url in (
+        ("run.directory", settings.run.directory),
+        ("data.url", settings.data.url),
+        ("run.init_from", settings.run.init_from),
+    ):
         if url and ":" not in url and not os.path.isabs(url):
             raise UserError(
                 f"{key}: {url} would lie in the job's temporary copy of this checkout; give the absolute path of a folder"
@@ -118,7 +136,9 @@ def command(options: argparse.Namespace, rest: list[str]) -> str:
     if "://" not in path:
         full = Path(path).resolve()
         if not full.is_relative_to(ROOT):
-            raise UserError(f"{path}: lies outside of this checkout, which is what travels to the cluster; copy it into configs/")
+            raise UserError(
+                f"{path}: lies outside of this checkout, which is what travels to the cluster; copy it into configs/"
+            )
         path = str(full.relative_to(ROOT))
     # exec: the signal that stops a job should reach Python, not a shell around it.
     return "exec " + shlex.join(["python", "-m", "launch.train", path, *options.overrides, *rest])
@@ -158,7 +178,9 @@ def connect(address: str | None) -> Any:
         socket.create_connection((parts.hostname, port), timeout=CONNECT_TIMEOUT_SEC).close()
     except (OSError, ValueError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--address: no Ray cluster answers at {shown(address)} ({reason}); is its head running, and its dashboard reached?") from None
+        raise UserError(
+            f"--address: no Ray cluster answers at {shown(address)} ({reason}); is its head running, and its dashboard reached?"
+        ) from None
     prepare_environment()
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -172,7 +194,9 @@ def connect(address: str | None) -> Any:
     except (RuntimeError, ConnectionError, ValueError, OSError) as error:
         if any(word in str(error).lower() for word in ("401", "403", "unauthori", "token", "forbidden")):
             raise wrong_token(shown(address)) from None
-        raise UserError(f"--address: what answers at {shown(address)} is no Ray cluster with jobs ({_short(error)})") from None
+        raise UserError(
+            f"--address: what answers at {shown(address)} is no Ray cluster with jobs ({_short(error)})"
+        ) from None
 
 
 def follow(client: Any, job: str, pending_limit: float, show: bool = True) -> int:
@@ -235,7 +259,9 @@ def describe(job: Any) -> str:
     """One line: id, status, exit code, start, command. No environment variables."""
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((job.start_time or 0) / 1000))
     code = "" if job.driver_exit_code is None else f" (exit code {job.driver_exit_code})"
-    entrypoint = " ".join("storage_options=..." if "storage_options" in word else shown(word) for word in job.entrypoint.split())
+    entrypoint = " ".join(
+        "storage_options=..." if "storage_options" in word else shown(word) for word in job.entrypoint.split()
+    )
     return f"{job.submission_id}  {job.status.value}{code}  {started}  {entrypoint.removeprefix('exec ')}"
 
 

@@ -37,7 +37,7 @@ def supervise(
         while True:
             # In a session of its own a Ctrl-C reaches it once, through here.
             child = subprocess.Popen(
-                command, env=os.environ | environment, start_new_session=True, preexec_fn=_end_with(os.getpid())
+                command, env=os.environ | environment, start_new_session=True, preexec_fn=end_with(os.getpid())
             )
             if asked:
                 child.send_signal(signal.SIGTERM)
@@ -46,18 +46,25 @@ def supervise(
                 return code if code >= 0 else 128 - code
             failures = int(count.read_text() or 0) + 1
             count.write_text(str(failures))
-            what = "the driver lost the cluster" if code == LOST else f"the driver was ended by {signal.Signals(-code).name}"
+            what = (
+                "the driver lost the cluster"
+                if code == LOST
+                else f"the driver was ended by {signal.Signals(-code).name}"
+            )
             if 0 <= max_failures < failures:
                 say(f"error: {what}; gave up after {failures} failures (--max-failures {max_failures})")
                 return 1
-            say(f"{what}; starting it again, failure {failures}" + (f" of at most {max_failures}" if max_failures >= 0 else ""))
+            say(
+                f"{what}; starting it again, failure {failures}"
+                + (f" of at most {max_failures}" if max_failures >= 0 else "")
+            )
             time.sleep(1.0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _end_with(parent: int) -> Callable[[], None]:
+def end_with(parent: int) -> Callable[[], None]:
     """In the child: SIGTERM when the parent dies, however it dies."""
     libc = ctypes.CDLL(None, use_errno=True)
 

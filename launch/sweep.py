@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="host:port of a Ray cluster whose node this is; without it, and without RAY_ADDRESS, this machine alone",
     )  # fmt: skip
     parser.add_argument("--cache-dir", help="folder on every node's own disk for caches")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="environment variable for all trials")
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="environment variable for all trials"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -122,7 +124,9 @@ def concurrency(spec: Spec, gpus: float) -> int:
             f"workers: a trial needs {spec.workers} with {need} each, but the cluster has room for {room}; lower workers"
         )
     together = min(room // spec.workers, spec.max_concurrent or room)
-    say(f"{together} trials at a time, {spec.workers} workers each with {need}; the cluster has room for {room} workers")
+    say(
+        f"{together} trials at a time, {spec.workers} workers each with {need}; the cluster has room for {room} workers"
+    )
     return together
 
 
@@ -194,7 +198,10 @@ def plan(spec: Spec, together: int) -> tuple[dict, Any, Any, int]:
     scheduler = None
     if spec.scheduler == "asha":
         scheduler = ASHAScheduler(
-            time_attr="rounds", max_t=last + 1, grace_period=spec.asha.grace_rounds, reduction_factor=spec.asha.reduction_factor
+            time_attr="rounds",
+            max_t=last + 1,
+            grace_period=spec.asha.grace_rounds,
+            reduction_factor=spec.asha.reduction_factor,
         )
     if spec.search == "pbt":
         scheduler = exchange_class(last)(
@@ -232,7 +239,11 @@ def domain(how: dict[str, list[Any]]) -> Any:
     from ray import tune
 
     kind, values = next(iter(how.items()))
-    return {"uniform": tune.uniform, "loguniform": tune.loguniform}[kind](*values) if kind in ("uniform", "loguniform") else tune.choice(values)
+    return (
+        {"uniform": tune.uniform, "loguniform": tune.loguniform}[kind](*values)
+        if kind in ("uniform", "loguniform")
+        else tune.choice(values)
+    )
 
 
 def within(spec: Spec):
@@ -283,7 +294,9 @@ def watch_class() -> type:
 
         def on_trial_result(self, iteration, trials, trial, result, **info):
             if self.spec.metric in result:
-                say(f"trial {self.number(trial)} at {result['images_seen']:,} images: {self.spec.metric} {result[self.spec.metric]:.5g}")
+                say(
+                    f"trial {self.number(trial)} at {result['images_seen']:,} images: {self.spec.metric} {result[self.spec.metric]:.5g}"
+                )
 
         def on_trial_complete(self, iteration, trials, trial, **info):
             found = self.folder.folder("trials", trial.trial_id)
@@ -304,7 +317,9 @@ def values_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def shown(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items())
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
+    )
 
 
 def _stop_on_signals() -> threading.Event:

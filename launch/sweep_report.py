@@ -91,7 +91,9 @@ def table(spec: Spec, ranked: list[Trial], nothing: list[Trial]) -> list[str]:
         notes = ["stopped early"] if trial.images_seen < last and not trial.failed else []
         notes += [f"went on from {', '.join(step['trial'] for step in trial.lineage)}"] if trial.lineage else []
         notes += [f"failed: {trial.failed}"] if trial.failed else []
-        lines.append(f"| {trial.name} | {trial.last(spec.metric):.5g} | {trial.images_seen:,} | {values} | {'; '.join(notes)} |")
+        lines.append(
+            f"| {trial.name} | {trial.last(spec.metric):.5g} | {trial.images_seen:,} | {values} | {'; '.join(notes)} |"
+        )
     for trial in nothing:
         lines.append(f"| {trial.name} | | 0 | {' | '.join('' for _ in spec.keys)} | failed: {trial.failed} |")
     return lines
@@ -131,7 +133,9 @@ def draw(spec: Spec, folder: Folder, ranked: list[Trial]) -> list[str]:
     from matplotlib import pyplot
 
     colours = matplotlib.colormaps["viridis_r"]
-    shade = {trial.name: colours(0.08 + 0.92 * (1 - index / max(1, len(ranked) - 1))) for index, trial in enumerate(ranked)}
+    shade = {
+        trial.name: colours(0.08 + 0.92 * (1 - index / max(1, len(ranked) - 1))) for index, trial in enumerate(ranked)
+    }
     names = []
 
     def finish(figure, name: str) -> None:
@@ -146,7 +150,9 @@ def draw(spec: Spec, folder: Folder, ranked: list[Trial]) -> list[str]:
         x, y = [e["images_seen"] for e in trial.history], [e["metrics"][spec.metric] for e in trial.history]
         best = index == 0
         axes.plot(x, y, color=shade[trial.name], lw=2.6 if best else 1.3, marker="o", ms=4 if best else 3, zorder=3 if best else 2, label=f"best: {trial.name}" if best else None)  # fmt: skip
-    values = [e["metrics"][spec.metric] for trial in ranked for e in trial.history if math.isfinite(e["metrics"][spec.metric])]
+    values = [
+        e["metrics"][spec.metric] for trial in ranked for e in trial.history if math.isfinite(e["metrics"][spec.metric])
+    ]
     if values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
     axes.set_xlabel("images seen")
@@ -157,11 +163,19 @@ def draw(spec: Spec, folder: Folder, ranked: list[Trial]) -> list[str]:
     axes.legend()
     finish(figure, "metric.png")
     if spec.search == "pbt":
-        figure, rows = pyplot.subplots(len(spec.keys), 1, figsize=(8, 1.2 + 2.0 * len(spec.keys)), sharex=True, squeeze=False, layout="constrained")
+        figure, rows = pyplot.subplots(
+            len(spec.keys), 1, figsize=(8, 1.2 + 2.0 * len(spec.keys)), sharex=True, squeeze=False, layout="constrained"
+        )
         for key, (axes,) in zip(spec.keys, rows):
             for trial in reversed(ranked):
                 x = [e["images_seen"] for e in trial.history]
-                axes.step(x, [e["values"][key] for e in trial.history], where="pre", color=shade[trial.name], lw=2.4 if trial is ranked[0] else 1.2)
+                axes.step(
+                    x,
+                    [e["values"][key] for e in trial.history],
+                    where="pre",
+                    color=shade[trial.name],
+                    lw=2.4 if trial is ranked[0] else 1.2,
+                )
             axes.set_title(key.split(",")[0], fontsize=9, loc="left")
             if "loguniform" in spec.space[key]:
                 axes.set_yscale("log")
@@ -191,7 +205,9 @@ def _parallel(pyplot, spec: Spec, ranked: list[Trial], shade: dict[str, Any]):
             low, high = min(finite), max(finite)
             place = (lambda v: math.log(v)) if log else (lambda v: v)
             span = (place(high) - place(low)) or 1.0
-            columns.append([(place(min(max(v, low), high)) - place(low)) / span if math.isfinite(v) else 1.0 for v in raw])
+            columns.append(
+                [(place(min(max(v, low), high)) - place(low)) / span if math.isfinite(v) else 1.0 for v in raw]
+            )
             ends = (_shown(float(low)), _shown(float(high)))
         else:
             kinds = sorted({str(value) for value in raw})

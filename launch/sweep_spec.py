@@ -1,15 +1,15 @@
 """What a sweep is: the YAML file, checked against the settings of a run before anything starts.
 
-    config: configs/digits.yaml           # the run that every trial varies
-    overrides: [schedule.total_images=8985]
-    directory: sweeps/betas_digits        # trials, table, pictures, best.yaml
-    metric: frechet_pixels                # what is compared, and `mode`: min or max
-    search: random                        # random, grid, optuna or pbt
-    scheduler: asha                       # asha stops bad trials early; none lets all finish
-    trials: 12
-    report_images: 1797                   # how often a trial saves and is judged
-    space:
-      objective.beta_kl: {loguniform: [0.1, 1.0]}
+config: configs/digits.yaml           # the run that every trial varies
+overrides: [schedule.total_images=8985]
+directory: sweeps/betas_digits        # trials, table, pictures, best.yaml
+metric: frechet_pixels                # what is compared, and `mode`: min or max
+search: random                        # random, grid, optuna or pbt
+scheduler: asha                       # asha stops bad trials early; none lets all finish
+trials: 12
+report_images: 1797                   # how often a trial saves and is judged
+space:
+  objective.beta_kl: {loguniform: [0.1, 1.0]}
 """
 
 from __future__ import annotations
@@ -30,11 +30,16 @@ from sivae import config
 from sivae.config import Config, ConfigError
 
 KINDS = ("choice", "uniform", "loguniform", "grid")
-JUDGED = ("frechet_pixels", "reconstruction_mse")  # computed from each checkpoint; all other metrics are the trainer's own
+JUDGED = (
+    "frechet_pixels",
+    "reconstruction_mse",
+)  # computed from each checkpoint; all other metrics are the trainer's own
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Asha(Section):
@@ -102,7 +107,9 @@ class Spec(Section):
             if not values:
                 raise ValueError(f"space.{key}.{kind}: is empty")
             if kind in ("uniform", "loguniform"):
-                numbers = len(values) == 2 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+                numbers = len(values) == 2 and all(
+                    isinstance(v, (int, float)) and not isinstance(v, bool) for v in values
+                )
                 if not numbers or not values[0] < values[1]:
                     raise ValueError(f"space.{key}.{kind}: needs two numbers that rise, [low, high], not {values}")
                 if kind == "loguniform" and values[0] <= 0:
@@ -110,7 +117,9 @@ class Spec(Section):
             if kind == "grid" and self.search in ("optuna", "pbt"):
                 raise ValueError(f"space.{key}.grid: search `{self.search}` cannot walk a grid; use choice")
             if kind not in ("grid", "choice") and self.search == "grid":
-                raise ValueError(f"space.{key}.{kind}: search `grid` needs values to walk; use grid: [...] or search: random")
+                raise ValueError(
+                    f"space.{key}.{kind}: search `grid` needs values to walk; use grid: [...] or search: random"
+                )
         if self.search == "pbt" and self.scheduler != "none":
             raise ValueError(f"scheduler: search `pbt` schedules by itself; remove `{self.scheduler}`")
         if self.search == "pbt" and self.trials < 2:
@@ -142,9 +151,11 @@ class Spec(Section):
         """Values that span the space: what holds for them holds for the trials, as far as one can know before."""
         ends = {key: (list(v) if kind in ("choice", "grid") else [float(v[0]), float(v[1])]) for key, how in self.space.items() for kind, v in how.items()}  # fmt: skip
         first = {key: values[0] for key, values in ends.items()}
-        return [first] + [first | {key: value} for key, values in ends.items() for value in values[1:]] + [
-            {key: values[-1] for key, values in ends.items()}
-        ]
+        return (
+            [first]
+            + [first | {key: value} for key, values in ends.items() for value in values[1:]]
+            + [{key: values[-1] for key, values in ends.items()}]
+        )
 
     def draw(self) -> list[dict[str, Any]]:
         """The values of all trials of `random` and `grid`, and the first of `pbt`: a function of the spec alone, so that a
@@ -180,7 +191,9 @@ def load(path: str, overrides: list[str] = []) -> Spec:
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(tree, resolve=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); see configs/sweeps") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); see configs/sweeps"
+        ) from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(plain, dict):
@@ -193,7 +206,9 @@ def load(path: str, overrides: list[str] = []) -> Spec:
         try:
             settings = spec.settings(values)
         except ConfigError as error:
-            raise ConfigError(f"space: {error}" if str(error).partition(":")[0] in " ".join(spec.keys) else str(error)) from None
+            raise ConfigError(
+                f"space: {error}" if str(error).partition(":")[0] in " ".join(spec.keys) else str(error)
+            ) from None
         settings.accumulation(spec.workers)
     if settings.run.storage_options or settings.data.storage_options:
         raise ConfigError("run.storage_options: a sweep keeps what trials were told; give credentials by --env instead")

@@ -51,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--grow-every", type=float, default=30.0, metavar="SEC",
         help="elastic: how often to look for room for more workers (default %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--cache-dir", help="folder on every node's own disk for caches (default: $SIVAE_CACHE or in /tmp)")
+    parser.add_argument(
+        "--cache-dir", help="folder on every node's own disk for caches (default: $SIVAE_CACHE or in /tmp)"
+    )
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]",
         help="environment variable for all workers; without a value, as it is here",

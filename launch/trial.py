@@ -46,7 +46,14 @@ class NoMetric(UserError):
 
 class Trial:
     def __init__(
-        self, trial_id: str, values: dict[str, Any], spec: Spec, settings: Config, folder: Folder, gpus: float, cache_dir: str | None
+        self,
+        trial_id: str,
+        values: dict[str, Any],
+        spec: Spec,
+        settings: Config,
+        folder: Folder,
+        gpus: float,
+        cache_dir: str | None,
     ):
         self.trial_id, self.values, self.spec, self.settings, self.folder = trial_id, values, spec, settings, folder
         self.gpus, self.cache_dir = gpus, cache_dir
@@ -56,7 +63,9 @@ class Trial:
     def go(self) -> None:
         pointer = read_pointer()
         if pointer is not None and pointer["trial"] != self.trial_id:
-            self.told = inherit(self.folder, Folder(self.spec.directory).folder("trials", pointer["trial"]), pointer, self.values)
+            self.told = inherit(
+                self.folder, Folder(self.spec.directory).folder("trials", pointer["trial"]), pointer, self.values
+            )
         elif pointer is not None:
             self.told = pointer["checkpoint"]
         self._catch_up()
@@ -98,7 +107,12 @@ class Trial:
                 raise self._no_metric()
             return
         images = images_of(name)
-        told = {"images_seen": images, "rounds": self.spec.rounds(images), "run": self.folder.url, "checkpoint_name": name}
+        told = {
+            "images_seen": images,
+            "rounds": self.spec.rounds(images),
+            "run": self.folder.url,
+            "checkpoint_name": name,
+        }
         told |= metrics
         self._remember(images, metrics, name)
         with tempfile.TemporaryDirectory() as pointer:
@@ -150,7 +164,11 @@ def inherit(own: Folder, donor: Folder, pointer: dict[str, str], values: dict[st
     """
     lineage = json.loads(own.read(LINEAGE)) if own.exists(LINEAGE) else []
     last = lineage[-1] if lineage else None
-    if last and (last["trial"], last["checkpoint"]) == (pointer["trial"], pointer["checkpoint"]) and last["values"] == values:
+    if (
+        last
+        and (last["trial"], last["checkpoint"]) == (pointer["trial"], pointer["checkpoint"])
+        and last["values"] == values
+    ):
         if own.exists("checkpoints", last["name"], "manifest.json") or checkpoint.list_names(own)[-1:] > [last["name"]]:
             return last["name"]
     source = checkpoint.read(donor, pointer["checkpoint"])
@@ -160,7 +178,9 @@ def inherit(own: Folder, donor: Folder, pointer: dict[str, str], values: dict[st
         if other != name:
             own.remove("checkpoints", other, "manifest.json")
             own.remove("checkpoints", other)
-    manifests = [json.loads(f.read("checkpoints", n, "manifest.json")) for f, n in ((donor, pointer["checkpoint"]), (own, name))]
+    manifests = [
+        json.loads(f.read("checkpoints", n, "manifest.json")) for f, n in ((donor, pointer["checkpoint"]), (own, name))
+    ]
     lineage.append(
         {
             "trial": pointer["trial"], "checkpoint": pointer["checkpoint"], "name": name, "values": values,

@@ -28,9 +28,8 @@ def run(config: dict[str, Any]) -> dict[str, Any] | None:
     Returns the outcome, or None when a lasting error was left on the board: every rank found it, so nobody needs to be torn
     down. Raises what another attempt may mend.
     """
-    import torch
-
     import ray
+    import torch
 
     board, rank = config["board"], int(os.environ["RANK"])
     orders: Orders = ray.get(board.orders.remote())
@@ -97,7 +96,9 @@ class Forward:
 
 def place_caches(cache_dir: str | None) -> None:
     """Caches lie on the node's own disk, never in a home directory that nodes share: packed digits, compiled kernels."""
-    home = Path(cache_dir or os.environ.get("SIVAE_CACHE") or Path(tempfile.gettempdir()) / f"sivae-cache-{os.getuid()}")
+    home = Path(
+        cache_dir or os.environ.get("SIVAE_CACHE") or Path(tempfile.gettempdir()) / f"sivae-cache-{os.getuid()}"
+    )
     os.environ["SIVAE_CACHE"] = str(home)
     for name, folder in (("TRITON_CACHE_DIR", "triton"), ("TORCH_EXTENSIONS_DIR", "torch_extensions")):
         os.environ.setdefault(name, str(home / folder))

@@ -81,7 +81,11 @@ class Process:
         self.log, self.command = log, command
         with open(log, "wb") as file:
             self.popen = subprocess.Popen(
-                command, cwd=ROOT, env=environment() | {MARK: str(os.getpid())} | variables, stdout=file, stderr=subprocess.STDOUT
+                command,
+                cwd=ROOT,
+                env=environment() | {MARK: str(os.getpid())} | variables,
+                stdout=file,
+                stderr=subprocess.STDOUT,
             )
 
     @property
@@ -197,7 +201,11 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     for name, tensor in expected.items():
         if tolerance and name.startswith("optimizer/"):
             continue
-        same = torch.allclose(found[name], tensor, rtol=0, atol=tolerance) if tolerance else torch.equal(found[name], tensor)
+        same = (
+            torch.allclose(found[name], tensor, rtol=0, atol=tolerance)
+            if tolerance
+            else torch.equal(found[name], tensor)
+        )
         assert same, f"{name}: {(found[name].float() - tensor.float()).abs().max()}"
 
 

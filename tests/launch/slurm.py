@@ -7,6 +7,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from launch.supervise import end_with
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 CONF = """
 ClusterName=test
@@ -55,10 +57,11 @@ class Slurm:
         ports = free_ports(2)
         first = free_pair()
         conf = folder / "slurm.conf"
-        conf.write_text(CONF.format(folder=folder, munge=folder / "munge.socket", ctld=ports[0], first=first, last=first + 1))
-        self.environment = os.environ | {
-            "SLURM_CONF": str(conf), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin",
-        }  # fmt: skip
+        conf.write_text(
+            CONF.format(folder=folder, munge=folder / "munge.socket", ctld=ports[0], first=first, last=first + 1)
+        )
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.environment = outside | {"SLURM_CONF": str(conf), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
 
     def start(self) -> None:
         folder = self.folder
@@ -73,11 +76,17 @@ class Slurm:
         self._daemon("slurmctld", "-D", "-c")
         for node in ("n1", "n2"):
             self._daemon("slurmd", "-D", "-N", node)
-        self._until(lambda: self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "2", "two idle nodes")
+        self._until(
+            lambda: self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "2", "two idle nodes"
+        )
 
     def _daemon(self, *command: str) -> None:
         with open(self.folder / f"{len(self.daemons)}-{command[0]}.out", "wb") as log:
-            self.daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
+            self.daemons.append(
+                subprocess.Popen(
+                    command, env=self.environment, stdout=log, stderr=log, preexec_fn=end_with(os.getpid())
+                )
+            )
 
     def _until(self, true, what: str, timeout: float = 60) -> None:
         deadline = time.monotonic() + timeout

@@ -43,7 +43,9 @@ def test_ray_accepts_the_launcher_files(name):
         validate_launcher(tree | {"colour": "red"})
     start = " ".join(tree["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in start and "--disable-usage-stats" in start
-    for command in re.findall(r"ray start[^;|&]*", " ".join(tree["head_start_ray_commands"] + tree["worker_start_ray_commands"])):
+    for command in re.findall(
+        r"ray start[^;|&]*", " ".join(tree["head_start_ray_commands"] + tree["worker_start_ray_commands"])
+    ):
         assert_ray_start_accepts(command)
 
 
@@ -89,7 +91,9 @@ def kuberay_errors():
     def errors(name: str, tree: dict) -> list[str]:
         schema = strict(json.loads((Path(folder) / KUBERAY[name]).read_text()))
         schema["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own
-        return [f"{'.'.join(map(str, e.path))}: {e.message}" for e in jsonschema.Draft7Validator(schema).iter_errors(tree)]
+        return [
+            f"{'.'.join(map(str, e.path))}: {e.message}" for e in jsonschema.Draft7Validator(schema).iter_errors(tree)
+        ]
 
     return errors
 
@@ -122,7 +126,11 @@ def test_manifests_have_gpus_shared_memory_autoscaling_and_secrets_by_reference(
     pod = group["template"]["spec"]
     (container,) = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "8" == group["rayStartParams"]["num-gpus"]
-    (shm,) = [v for v in pod["volumes"] if any(m["mountPath"] == "/dev/shm" and m["name"] == v["name"] for m in container["volumeMounts"])]
+    (shm,) = [
+        v
+        for v in pod["volumes"]
+        if any(m["mountPath"] == "/dev/shm" and m["name"] == v["name"] for m in container["volumeMounts"])
+    ]
     assert shm["emptyDir"]["medium"] == "Memory" and int(shm["emptyDir"]["sizeLimit"].removesuffix("Gi")) >= 64
     assert spec["enableInTreeAutoscaling"] and group["minReplicas"] < group["maxReplicas"]
     assert container["envFrom"][0]["secretRef"] and "AWS_" not in json.dumps(tree)
@@ -138,7 +146,9 @@ def test_job_and_cluster_describe_the_same_cluster():
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck: apt-get install shellcheck")
 def test_shellcheck():
-    scripts = [str(p.relative_to(ROOT)) for p in [*CLUSTER.rglob("*.sh"), *CLUSTER.rglob("*.sbatch"), ROOT / ".ci" / "run"]]
+    scripts = [
+        str(p.relative_to(ROOT)) for p in [*CLUSTER.rglob("*.sh"), *CLUSTER.rglob("*.sbatch"), ROOT / ".ci" / "run"]
+    ]
     assert len(scripts) >= 6
     done = subprocess.run(["shellcheck", "-x", "-P", ".", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -193,7 +203,9 @@ def test_commands_are_accepted(path, monkeypatch):
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_paths_exist(path):
-    for name in re.findall(r"(?<![\w/.])((?:cluster|configs|launch|docs|benchmarks|tests)/[\w./-]+\w)", path.read_text()):
+    for name in re.findall(
+        r"(?<![\w/.])((?:cluster|configs|launch|docs|benchmarks|tests)/[\w./-]+\w)", path.read_text()
+    ):
         assert (ROOT / name).exists(), name
 
 

@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 
 from tests.launch import slurm as local
-from tests.launch.conftest import TOTAL_IMAGES, assert_equal, newest_images, tensors
+from tests.launch.conftest import assert_equal, newest_images, tensors
 from tests.processes import ROOT, run_sivae
 
 pytestmark = [
-    pytest.mark.skipif(bool(local.missing()), reason=f"needs Slurm: apt-get install slurm-wlm munge ({', '.join(local.missing())} missing)"),
+    pytest.mark.skipif(
+        bool(local.missing()),
+        reason=f"needs Slurm: apt-get install slurm-wlm munge ({', '.join(local.missing())} missing)",
+    ),
     pytest.mark.skipif(os.getuid() != 0, reason="needs root to start Slurm's daemons"),
 ]
 LIMIT_SEC = 240
@@ -51,7 +54,15 @@ def submit(slurm, tmp_path):
     def run(script: str, arguments: list[str]) -> tuple[str, Path]:
         log = tmp_path / "job.log"
         variables = {"SIVAE_PYTHON": sys.executable, "SIVAE_HEAD_IP": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        command = ["sbatch", "--parsable", "--nodes=2", "--partition=low", f"--output={log}", f"cluster/slurm/{script}", *arguments]
+        command = [
+            "sbatch",
+            "--parsable",
+            "--nodes=2",
+            "--partition=low",
+            f"--output={log}",
+            f"cluster/slurm/{script}",
+            *arguments,
+        ]
         before = dict(slurm.environment)
         slurm.environment |= variables
         try:
@@ -88,7 +99,9 @@ def test_torchrun_is_preempted_and_goes_on(slurm, submit, small, undisturbed, tm
     other = slurm.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1").strip()  # fmt: skip
     wait(slurm, log, lambda: state(slurm, other) == "COMPLETED", "end of the job that pre-empts")
     text = finish(slurm, job, log)
-    assert "signalled, saving a checkpoint" in text and "stopped with a checkpoint saved; back into the queue" in text, text
+    assert (
+        "signalled, saving a checkpoint" in text and "stopped with a checkpoint saved; back into the queue" in text
+    ), text
     assert "2 nodes x 1 processes" in text and "start 2" in text and "resuming at" in text
     assert_equal(tensors(run), undisturbed)
     assert not list(ROOT.glob(".sivae-stopped-*"))

@@ -58,9 +58,15 @@ def job_id(text: str) -> str:
 
 def test_submit_streams_and_ends_with_the_jobs_code(start, small, dashboard, tmp_path):
     run = tmp_path / "run"
-    process = start(MODULE, [*small(run, total=960), "--workers", "2", "--address", dashboard, "--env", "COLOUR=invisible-blue"])
+    process = start(
+        MODULE, [*small(run, total=960), "--workers", "2", "--address", dashboard, "--env", "COLOUR=invisible-blue"]
+    )
     assert process.wait() == 0, process.text
-    assert "ranks 0, 1" in process.text and process.text.count("images/s") == 10 and "SUCCEEDED (exit code 0)" in process.text
+    assert (
+        "ranks 0, 1" in process.text
+        and process.text.count("images/s") == 10
+        and "SUCCEEDED (exit code 0)" in process.text
+    )
     assert tensors(run, 960)
     assert "invisible-blue" not in process.text and TOKEN not in process.text
     job = job_id(process.text)
@@ -88,13 +94,18 @@ def test_stop_saves_and_a_failing_job_gives_its_code(start, small, dashboard, tm
     # What only a worker can find wrong: the job's own code and its one sentence.
     process = start(MODULE, [*small(run), "data.url=/no/where", "--address", dashboard])
     assert process.wait() == 1, process.text
-    assert "launch.train: error: there is no packed image set at /no/where" in process.text and "FAILED (exit code 1)" in process.text
+    assert (
+        "launch.train: error: there is no packed image set at /no/where" in process.text
+        and "FAILED (exit code 1)" in process.text
+    )
     process = start(MODULE, [*small(run), "--workers", "8", "--wait", "1", "--address", dashboard])
     assert process.wait() == 1 and "the cluster has room for 2" in process.text, process.text
 
 
 def test_impossible_request_says_what_it_waits_for(start, small, dashboard, tmp_path):
-    process = start(MODULE, [*small(tmp_path / "run"), "--driver-gpus", "1", "--pending-limit", "6", "--address", dashboard])
+    process = start(
+        MODULE, [*small(tmp_path / "run"), "--driver-gpus", "1", "--pending-limit", "6", "--address", dashboard]
+    )
     sentence = refused(process, MODULE)
     assert "did not start within 6 seconds" in sentence and "GPU" in sentence, sentence
 
@@ -110,11 +121,20 @@ def test_wrong_token(start, small, dashboard, tmp_path):
     [
         (["configs/digits.yaml"], ["run.directory", "runs/digits", "absolute path"]),
         (["configs/digits.yaml", "run.directory=/tmp/x", "data.url=data/set"], ["data.url", "data/set"]),
-        (["configs/digits.yaml", "run.directory=/tmp/x", "schedule.batchsize=2"], ["schedule.batchsize", "unknown setting"]),
+        (
+            ["configs/digits.yaml", "run.directory=/tmp/x", "schedule.batchsize=2"],
+            ["schedule.batchsize", "unknown setting"],
+        ),
         (["configs/digits.yaml", "run.directory=/tmp/x", "--workers", "3"], ["do not divide over 3"]),
-        (["configs/digits.yaml", "run.directory=/tmp/x", "run.storage_options={key: hidden}"], ["run.storage_options", "--env"]),
+        (
+            ["configs/digits.yaml", "run.directory=/tmp/x", "run.storage_options={key: hidden}"],
+            ["run.storage_options", "--env"],
+        ),
         (["/etc/hostname", "run.directory=/tmp/x"], ["/etc/hostname"]),
-        (["configs/digits.yaml", "run.directory=/tmp/x", "--address", "http://127.0.0.1:9"], ["no Ray cluster answers"]),
+        (
+            ["configs/digits.yaml", "run.directory=/tmp/x", "--address", "http://127.0.0.1:9"],
+            ["no Ray cluster answers"],
+        ),
         (["configs/digits.yaml", "run.directory=/tmp/x", "--address", "127.0.0.1:8265"], ["is not a URL"]),
         (["status", "raysubmit_nothing"], ["knows no such job"]),
         (["status"], ["needs the id of one job"]),
@@ -134,10 +154,13 @@ def test_what_is_shipped(tmp_path):
     import shutil
     import zipfile
 
-    from launch.shipping import EXCLUDES
     from ray._private.runtime_env.packaging import create_package
 
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    from launch.shipping import EXCLUDES
+
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     copy = tmp_path / "checkout"
     for file in files:
         if (ROOT / file).exists():
@@ -152,7 +175,9 @@ def test_what_is_shipped(tmp_path):
         (copy / file).write_text("x")
     package = tmp_path / "package.zip"
     create_package(str(copy), package, include_gitignore=True, excludes=EXCLUDES)
-    shipped = {name.split("/", 1)[-1] if name.startswith("checkout/") else name for name in zipfile.ZipFile(package).namelist()}
+    shipped = {
+        name.split("/", 1)[-1] if name.startswith("checkout/") else name for name in zipfile.ZipFile(package).namelist()
+    }
     assert not [file for file in unwanted if any(fnmatch.fnmatch(name, f"*{file}") for name in shipped)]
     wanted = [file for file in files if file.startswith(("sivae/", "launch/", "configs/")) and (ROOT / file).exists()]
     assert {"sivae/data/reader.py", "launch/train.py"} <= set(wanted) and set(wanted) <= shipped

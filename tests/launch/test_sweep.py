@@ -63,8 +63,12 @@ def test_asha_stops_bad_trials_and_the_best_trains(start, spec_file, tmp_path, n
     sweep = tmp_path / "sweep"
     best = config.load(str(sweep / "best.yaml"))
     assert best.encoder_optimizer.lr == best.decoder_optimizer.lr in (1e-3, 8e-4)
-    assert best.run.checkpoint_images == config.load("configs/digits.yaml").run.checkpoint_images, "of a run, not of a trial"
-    done = run_sivae(["train", str(sweep / "best.yaml"), f"run.directory={tmp_path / 'run'}", "schedule.total_images=96"])
+    assert best.run.checkpoint_images == config.load("configs/digits.yaml").run.checkpoint_images, (
+        "of a run, not of a trial"
+    )
+    done = run_sivae(
+        ["train", str(sweep / "best.yaml"), f"run.directory={tmp_path / 'run'}", "schedule.total_images=96"]
+    )
     assert done.returncode == 0, done.stderr
     assert (sweep / "table.md").read_text().count("\n| ") == 5 and "stopped early" in process.text
     for name in ("metric.png", "parallel.png"):
@@ -169,7 +173,9 @@ def test_optuna_on_a_metric_of_the_trainer(start, spec_file, tmp_path, nothing_l
 
 
 def test_metric_that_never_comes(start, spec_file, nothing_left):
-    path = spec_file({"objective.beta_kl": {"choice": [0.5, 0.6]}}, metric="terms/fid", metric_patience=2, trials=2, total=64000)
+    path = spec_file(
+        {"objective.beta_kl": {"choice": [0.5, 0.6]}}, metric="terms/fid", metric_patience=2, trials=2, total=64000
+    )
     sentence = refused(start(MODULE, [path]), MODULE)
     assert "terms/fid was never reported in 2 reports" in sentence and "terms/rec" in sentence
 
@@ -215,7 +221,9 @@ def test_shipped_sweeps_are_valid(path, monkeypatch):
 def test_values_stay_inside_their_space(spec_file):
     from launch.sweep import within
 
-    spec = sweep_spec.load(spec_file({"objective.beta_kl": {"loguniform": [0.1, 1.0]}, "model.norm": {"choice": ["group", "layer"]}}))
+    spec = sweep_spec.load(
+        spec_file({"objective.beta_kl": {"loguniform": [0.1, 1.0]}, "model.norm": {"choice": ["group", "layer"]}})
+    )
     assert all(0.1 <= values["objective.beta_kl"] <= 1.0 for values in spec.draw())
     clipped = within(spec)({"point": {"objective.beta_kl": 1.2, "model.norm": "layer"}})
     assert clipped == {"point": {"objective.beta_kl": 1.0, "model.norm": "layer"}}

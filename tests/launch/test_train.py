@@ -3,6 +3,7 @@
 pytest tests/launch/test_train.py
 """
 
+import os
 import signal
 import socket
 import subprocess
@@ -110,7 +111,9 @@ def test_elastic_goes_on_with_fewer_and_grows_again(start, small, undisturbed, t
 
 def test_signal_saves_and_a_killed_watcher_leaves_nothing(start, small, undisturbed, tmp_path, nothing_left):
     run = tmp_path / "run"
-    slow = small(run, "tracking.log_images=2880", "run.checkpoint_images=2880")  # no report in between: it stops all the same
+    slow = small(
+        run, "tracking.log_images=2880", "run.checkpoint_images=2880"
+    )  # no report in between: it stops all the same
     process = start(MODULE, [*slow, "--workers", "2"])
     process.until(lambda: "2 workers on" in process.text, "group")
     time.sleep(3)
@@ -131,7 +134,9 @@ def test_signal_saves_and_a_killed_watcher_leaves_nothing(start, small, undistur
 def test_gives_up_after_its_limit(start, small, tmp_path, nothing_left):
     process = start(MODULE, [*small(tmp_path / "run"), "--workers", "1", "--max-failures", "1"])
     for failure in (1, 2):
-        pid = process.until(lambda: process.text.count("1 workers on") == failure and worker_pids(process.text)[0], "worker")
+        pid = process.until(
+            lambda: process.text.count("1 workers on") == failure and worker_pids(process.text)[0], "worker"
+        )
         kill(pid)
     sentence = refused(process, MODULE)
     assert "rank 0 on node" in sentence and "gave up after 2 failures (--max-failures 1)" in sentence
@@ -145,11 +150,15 @@ def test_directory_that_is_not_shared(small, start, tmp_path, make_cluster):
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("this user may not make a mount namespace")
     cluster = make_cluster(1)
-    command = f"mount --bind {own} {shared} && exec {sys.executable} -m ray.scripts.scripts start --address={cluster.address} --num-cpus=1 --block"
+    command = f"mount --bind {own} {shared} && exec {sys.executable} -m ray.scripts.scripts start --address={cluster.address} --node-ip-address=127.0.0.1 --num-cpus=1 --block"
     with open(tmp_path / "node.log", "wb") as log:
-        node = subprocess.Popen(["unshare", "--mount", "bash", "-c", command], stdout=log, stderr=log)
+        # (`ray start` joins no cluster under the switch that keeps a head on loopback.)
+        variables = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+        node = subprocess.Popen(["unshare", "--mount", "bash", "-c", command], stdout=log, stderr=log, env=variables)
     try:
-        process = start(MODULE, [*small(shared / "run"), "--workers", "2", "--address", cluster.address, "--wait", "30"])
+        process = start(
+            MODULE, [*small(shared / "run"), "--workers", "2", "--address", cluster.address, "--wait", "60"]
+        )
         sentence = refused(process, MODULE)
         assert "is not the same place on every node" in sentence and "object store" in sentence
     finally:
