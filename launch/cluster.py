@@ -211,10 +211,14 @@ def nodes(need: Need) -> list[Node]:
     import ray
     from ray._private.state import available_resources_per_node
 
-    free = available_resources_per_node()
+    free, leaving = available_resources_per_node(), draining()
     found = []
     for node in ray.nodes():
-        if node["Alive"] and _listens(node["NodeManagerAddress"], node["NodeManagerPort"]):
+        if (
+            node["Alive"]
+            and node["NodeID"] not in leaving
+            and _listens(node["NodeManagerAddress"], node["NodeManagerPort"])
+        ):
             found.append(
                 Node(
                     f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
@@ -223,6 +227,30 @@ def nodes(need: Need) -> list[Node]:
                 )  # fmt: skip
             )
     return found
+
+
+class Demand:
+    """Room asked of the autoscaler, for as long as the `with` lasts and never longer than this process: a placement group that
+    waits. (Ray's own call for it, request_resources, would keep machines running after everybody has gone.)"""
+
+    def __init__(self, need: Need, number: int):
+        self._need, self._number, self._group = need, number, None
+
+    def __enter__(self) -> Demand:
+        if self._number > 0:
+            from ray.util.placement_group import placement_group
+
+            self._group = placement_group([self._need.resources] * self._number, strategy=self._need.placement.upper())
+        return self
+
+    def met(self) -> bool:
+        return self._group is not None and self._group.wait(0)
+
+    def __exit__(self, *error) -> None:
+        if self._group is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            remove_placement_group(self._group)
 
 
 def most_ever(need: Need) -> int | None:

@@ -100,6 +100,7 @@ class Run:
     failures: int = 0
     newest: str | None = None
     restarted: bool = False
+    ever: int | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def stop(self) -> None:
@@ -118,7 +119,7 @@ class Run:
             outcome, fault = attempt.go()
             if fault is None and (self._stop.is_set() or not outcome.interrupted):
                 return outcome
-            before, restarted = number, True
+            before, restarted = attempt.target, True
             if fault is None:
                 continue  # stopped by us, to go on with another number of workers
             self.failures += 1
@@ -134,17 +135,12 @@ class Run:
             )
 
     def _refuse_impossible(self) -> None:
-        ever = cluster.most_ever(self.need)
+        ever = self.ever = cluster.most_ever(self.need)
         if ever is not None and ever < self.sizes[0]:
             raise UserError(
                 f"--workers: {self.sizes[0]} are asked for, with {self.need} each, but the cluster's autoscaler may"
                 f" start room for {ever} at most; lower --workers or raise the limits of its node types"
             )
-        if ever is not None:
-            from ray.autoscaler.sdk import request_resources
-
-            wanted = self.sizes[-1] if ever >= self.sizes[-1] else max(n for n in self.sizes if n <= ever)
-            request_resources(bundles=[self.need.resources] * wanted)
 
     def _wait_for_room(self, before: int | None) -> int | None:
         """The number of workers to start now; None when asked to stop meanwhile.
@@ -152,8 +148,15 @@ class Run:
         After a fault the resources of the dead come free only after a moment, so the number that there was is preferred for
         some seconds. Raises UserError when there is no room for the fewest in time.
         """
+        with self.demand(self.sizes[0]) as demand:
+            number = self._wait(before, demand)
+        return number
+
+    def _wait(self, before: int | None, demand: cluster.Demand) -> int | None:
         start, told = time.monotonic(), False
         while True:
+            if demand.met():
+                return self.sizes[0]
             found = cluster.nodes(self.need)
             free, total = (self.need.most([getattr(node, name) for node in found]) for name in ("free", "total"))
             fits = [number for number in self.sizes if number <= free]
@@ -180,6 +183,10 @@ class Run:
     def _patience(self, total: int) -> float:
         return self.limits.wait_sec
 
+    def demand(self, number: int) -> cluster.Demand:
+        """Ask the cluster's autoscaler, if it has one, for room for so many workers more."""
+        return cluster.Demand(self.need, number if self.ever is not None else 0)
+
     def room(self, running: int) -> int:
         """The most workers that could run, counting the `running` ones of this run."""
         free = self.need.most([node.free for node in cluster.nodes(self.need)])
@@ -191,7 +198,7 @@ class Attempt:
     """One group of workers, from its start to its end."""
 
     def __init__(self, run: Run, number: int, restarted: bool):
-        self.run, self.number = run, number
+        self.run, self.number, self.target = run, number, number
         self.board = open_board(Orders(run.settings, run.newest, restarted, run.cache_dir, run.lockstep))
         self.joined: dict[int, dict[str, Any]] = {}
         self.failures: list[tuple[int, str, bool]] = []
@@ -201,6 +208,11 @@ class Attempt:
 
     def go(self) -> tuple[Outcome | None, str | None]:
         """The outcome and None, or None and a clause that says what went wrong. Raises UserError for a lasting error."""
+        most = self.run.sizes[-1] if self.run.ever is None else max(n for n in self.run.sizes if n <= self.run.ever)
+        with self.run.demand(most - self.number) as more:
+            return self._go(most, more)
+
+    def _go(self, most: int, demand: cluster.Demand) -> tuple[Outcome | None, str | None]:
         thread = threading.Thread(target=self._fit, daemon=True)
         thread.start()
         stopping, looks, next_look = False, 0, time.monotonic() + self.run.limits.grow_sec
@@ -215,11 +227,12 @@ class Attempt:
                     return Outcome(0, True, {}, self.run.newest), None  # nothing runs yet; it ends with this process
             elif leaving := self._leaving():
                 reason = f"node {leaving} is about to be taken away: saving a checkpoint first"
-            elif self.number < self.run.sizes[-1] and self.joined and time.monotonic() >= next_look:
+            elif self.number < most and self.joined and time.monotonic() >= next_look:
                 next_look = time.monotonic() + self.run.limits.grow_sec
-                more = self.run.room(self.number)
+                more = most if demand.met() else self.run.room(self.number)
                 looks = looks + 1 if more > self.number else 0
                 if looks >= GROW_PATIENCE:
+                    self.target = more
                     reason = f"there is room for {more} workers now: saving a checkpoint, then going on with them"
             if reason:
                 stopping = True

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -207,6 +208,12 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
             else torch.equal(found[name], tensor)
         )
         assert same, f"{name}: {(found[name].float() - tensor.float()).abs().max()}"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def logged_images(folder: Path) -> list[int]:

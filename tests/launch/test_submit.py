@@ -11,17 +11,11 @@ import sys
 
 import pytest
 
-from tests.launch.conftest import EVERY_IMAGES, RAY_ENVIRONMENT, newest_images, refused, tensors
+from tests.launch.conftest import EVERY_IMAGES, RAY_ENVIRONMENT, free_port, newest_images, refused, tensors
 from tests.processes import ROOT, environment
 
 MODULE = "launch.submit"
 TOKEN = RAY_ENVIRONMENT["RAY_AUTH_TOKEN"]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

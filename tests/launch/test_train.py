@@ -3,7 +3,9 @@
 pytest tests/launch/test_train.py
 """
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,8 +19,10 @@ from tests.launch.conftest import (
     EVERY_IMAGES,
     TOTAL_IMAGES,
     assert_equal,
+    free_port,
     kill,
     logged_images,
+    marked_processes,
     newest_images,
     refused,
     tensors,
@@ -95,9 +99,13 @@ def test_elastic_goes_on_with_fewer_and_grows_again(start, small, undisturbed, t
     process.until(lambda: "1 workers on 1 nodes" in process.text, "smaller group")
     lost_at = newest_images(run)
     process.until(lambda: newest_images(run) >= lost_at + 480, "480 images more")
-    cluster.add_node(num_cpus=1)
+    another = cluster.add_node(num_cpus=1)
     process.until(lambda: process.text.count("2 workers on") == 2, "grown group")
-    assert newest_images(run) < TOTAL_IMAGES, "it was to grow in mid-run"
+    # A node whose end is announced, as spot machines do.
+    drain(cluster, another)
+    process.until(lambda: process.text.count("1 workers on") == 2, "smaller group again")
+    assert "is about to be taken away: saving a checkpoint first" in process.text
+    assert newest_images(run) < TOTAL_IMAGES, "it was to happen in mid-run"
     process.popen.send_signal(signal.SIGTERM)
     assert process.wait() == 75, process.text
     assert "elastic: 1, 2 workers divide the global batch of 16 (3 do not), which stays the same" in process.text
@@ -107,6 +115,45 @@ def test_elastic_goes_on_with_fewer_and_grows_again(start, small, undisturbed, t
     process = start(MODULE, [*small(run), "--workers", "1:2", "--address", cluster.address])
     assert process.wait() == 0, process.text
     assert_equal(tensors(run), undisturbed, tolerance=1e-5)
+
+
+def drain(cluster, node) -> None:
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={cluster.address}", f"--node-id={node.node_id}",
+               "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=60"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_autoscaler_is_asked_and_not_beyond_its_limit(start, small, tmp_path):
+    """Ray's real autoscaler with nodes of this machine: a head without a slot, up to two workers of one slot each."""
+    from ray.cluster_utils import AutoscalingCluster
+
+    types = {"cpu": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}}
+    # Only its settings: its `start` would stop every Ray of this machine.
+    settings = AutoscalingCluster({"CPU": 0}, types, max_workers=2, idle_timeout_minutes=5)._config
+    (tmp_path / "autoscaler.yaml").write_text(json.dumps(settings))
+    port = free_port()
+    head = start(
+        "ray.scripts.scripts",
+        ["start", "--head", "--block", "--num-cpus=0", f"--port={port}", "--include-dashboard=false",
+         f"--autoscaling-config={tmp_path / 'autoscaler.yaml'}", "--disable-usage-stats"],
+        RAY_FAKE_CLUSTER="1", AUTOSCALER_UPDATE_INTERVAL_S="1", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="1",
+    )  # fmt: skip
+    try:
+        head.until(lambda: re.search(r"--address='([\d.]+:\d+)'", head.text), "head")
+        address = re.search(r"--address='([\d.]+:\d+)'", head.text)[1]
+        process = start(
+            MODULE, [*small(tmp_path / "run", total=960), "--workers", "2", "--wait", "90", "--address", address]
+        )
+        assert process.wait() == 0, process.text
+        assert "2 workers on" in process.text
+        process = start(MODULE, [*small(tmp_path / "other"), "--workers", "4", "--address", address])
+        assert "the cluster's autoscaler may start room for 2 at most" in refused(process, MODULE)
+    finally:
+        head.popen.terminate()
+        head.popen.wait(timeout=30)
+        for process in marked_processes():  # nodes that the autoscaler started
+            process.kill()
 
 
 def test_signal_saves_and_a_killed_watcher_leaves_nothing(start, small, undisturbed, tmp_path, nothing_left):
