@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import shlex
 import socket
@@ -65,6 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--driver-gpus", type=float, default=0.0, metavar="N", help="GPUs of the driver itself, to place it (default 0)"
+    )
+    parser.add_argument(
+        "--python",
+        default="python",
+        help="the Python there that has sivae's dependencies (default: the first on Ray's PATH)",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -141,7 +147,7 @@ def command(options: argparse.Namespace, rest: list[str]) -> str:
             )
         path = str(full.relative_to(ROOT))
     # exec: the signal that stops a job should reach Python, not a shell around it.
-    return "exec " + shlex.join(["python", "-m", "launch.train", path, *options.overrides, *rest])
+    return "exec " + shlex.join([options.python, "-m", "launch.train", path, *options.overrides, *rest])
 
 
 def manage(options: argparse.Namespace) -> int:
@@ -187,6 +193,8 @@ def connect(address: str | None) -> Any:
 
     try:
         client = JobSubmissionClient(address)
+        for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # they list every file that is not shipped
         client.list_jobs()
         return client
     except AuthenticationError:

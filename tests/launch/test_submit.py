@@ -4,11 +4,14 @@ pytest tests/launch/test_submit.py
 """
 
 import fnmatch
+import os
 import re
 import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 from tests.launch.conftest import EVERY_IMAGES, RAY_ENVIRONMENT, free_port, newest_images, refused, tensors
@@ -29,7 +32,8 @@ def dashboard(tmp_path_factory):
     ]  # fmt: skip
     log = tmp_path_factory.mktemp("log") / "head.log"
     with open(log, "wb") as file:
-        head = subprocess.Popen(command, env=environment(), stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+        variables = environment() | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+        head = subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
     try:
         for _ in range(600):
             try:
@@ -37,12 +41,15 @@ def dashboard(tmp_path_factory):
                 break
             except OSError:
                 assert head.poll() is None, log.read_text()
-                import time
-
                 time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
-        head.terminate()
+        family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        for process in family:  # in order it would take half a minute
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
         head.wait(timeout=60)
 
 
