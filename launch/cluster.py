@@ -244,7 +244,12 @@ class Demand:
         return self
 
     def met(self) -> bool:
-        return self._group is not None and self._group.wait(0)
+        if self._group is None:
+            return False
+        from ray.util.placement_group import placement_group_table
+
+        # (`wait(0)` of a placement group waits for ever.)
+        return placement_group_table(self._group).get("state") == "CREATED"
 
     def __exit__(self, *error) -> None:
         if self._group is not None:

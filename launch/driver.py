@@ -12,7 +12,7 @@ from pathlib import Path
 from launch import cluster, train
 from launch.cluster import Need
 from launch.run import Limits, Outcome, Run, parse_workers, sizes
-from launch.supervise import LOST
+from launch.supervise import LOST, say_ended
 from sivae.config import ConfigError
 from sivae.errors import UserError
 
@@ -131,6 +131,8 @@ def main() -> int:
         )
         return train.EXIT_ERROR
     finally:
+        if train.FAILURES_FILE in os.environ:
+            say_ended(Path(os.environ[train.FAILURES_FILE]))
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
 

@@ -184,8 +184,8 @@ class Run:
         return self.limits.wait_sec
 
     def demand(self, number: int) -> cluster.Demand:
-        """Ask the cluster's autoscaler, if it has one, for room for so many workers more."""
-        return cluster.Demand(self.need, number if self.ever is not None else 0)
+        """Ask the cluster's autoscaler for room for so many workers more; where there is none, nobody hears it."""
+        return cluster.Demand(self.need, number if self.limits.wait_sec else 0)
 
     def room(self, running: int) -> int:
         """The most workers that could run, counting the `running` ones of this run."""

@@ -19,9 +19,10 @@ def supervise(
 ) -> int:
     """Run `command` to its end and return its exit code.
 
-    It counts as lost when a signal that did not come through here ended it, or when it says so itself with code LOST. `count`
-    is a file with the number of failures so far, which the command raises too; beyond `max_failures` (-1: never) the loss is
-    final and 1 is returned.
+    It counts as lost when a signal that did not come through here ended it, when it says so itself with code LOST, or when it
+    ended without `say_ended` (Ray's compiled part ends the process when the cluster's head is gone). `count` is a file with
+    the number of failures so far, which the command raises too; beyond `max_failures` (-1: never) the loss is final and 1 is
+    returned.
     """
     child: subprocess.Popen | None = None
     asked = 0
@@ -42,14 +43,14 @@ def supervise(
             if asked:
                 child.send_signal(signal.SIGTERM)
             code = child.wait()
-            if asked or (code >= 0 and code != LOST):
+            ended = _ended(count)
+            if asked or (code >= 0 and code != LOST and ended.exists()):
                 return code if code >= 0 else 128 - code
+            ended.unlink(missing_ok=True)
             failures = int(count.read_text() or 0) + 1
             count.write_text(str(failures))
             what = (
-                "the driver lost the cluster"
-                if code == LOST
-                else f"the driver was ended by {signal.Signals(-code).name}"
+                "the driver lost the cluster" if code >= 0 else f"the driver was ended by {signal.Signals(-code).name}"
             )
             if 0 <= max_failures < failures:
                 say(f"error: {what}; gave up after {failures} failures (--max-failures {max_failures})")
@@ -62,6 +63,15 @@ def supervise(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def say_ended(count: Path) -> None:
+    """The command ends in its own way: what it returns is what it means."""
+    _ended(count).touch()
+
+
+def _ended(count: Path) -> Path:
+    return count.with_name("ended")
 
 
 def end_with(parent: int) -> Callable[[], None]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from sivae.checkpoint import list_names
 from sivae.storage import Folder
-from tests.processes import ROOT, environment
+from tests.processes import ROOT, environment, run_sivae
 
 if importlib.util.find_spec("ray") is None:
     collect_ignore_glob = ["test_*.py"]  # needs the extra sivae[cluster]
@@ -61,18 +61,28 @@ def make_cluster():
 
 @pytest.fixture(scope="session")
 def small(cache_dir):
-    """Arguments of a small run on digits, seconds long, thirty checkpoints. The learning rate is so low that rounding stays far
-    below 1e-5 in the weights when the number of ranks changes, and a lost Adam moment does not."""
+    """Arguments of a small run on digits, seconds long, thirty checkpoints. The learning rate is so low that rounding, which
+    through Adam grows to about one step's length in the weights, stays below 1e-5 when the number of ranks changes; after a
+    lost Adam moment ten steps would differ."""
 
     def make(folder: Path | str, *overrides: str, total: int = TOTAL_IMAGES) -> list[str]:
         return [
             "configs/digits.yaml", f"run.directory={folder}", f"data.cache_dir={cache_dir}", "data.num_workers=0", "model.channels=[8,16]",
             "model.latent_dim=4", f"schedule.total_images={total}", f"run.checkpoint_images={EVERY_IMAGES}", "tracking.picture_images=960",
             f"tracking.log_images={EVERY_IMAGES}", "tracking.progress=false", "tracking.tensorboard=false",
-            "encoder_optimizer.lr=2e-5", "decoder_optimizer.lr=2e-5", *overrides,
+            "encoder_optimizer.lr=3e-6", "decoder_optimizer.lr=3e-6", *overrides,
         ]  # fmt: skip
 
     return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed(small, tmp_path_factory):
+    """`undisturbed(images)`: what torchrun has on two ranks after so many images, with nothing in its way."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    done = run_sivae(["train", *small(folder, "run.keep_checkpoints=99", total=2 * TOTAL_IMAGES)], ranks=2)
+    assert done.returncode == 0, done.stderr
+    return lambda images=TOTAL_IMAGES: read_tensors(folder / "checkpoints" / f"{images:012d}")
 
 
 class Process:
@@ -187,11 +197,16 @@ def worker_pids(text: str) -> dict[int, int]:
 
 
 def tensors(folder: Path, images: int = TOTAL_IMAGES) -> dict[str, torch.Tensor]:
+    """Of a run's newest checkpoint, which must be of so many images."""
     newest = folder / "checkpoints" / list_names(Folder(str(folder)))[-1]
     assert json.loads((newest / "state.json").read_text())["images_seen"] == images
+    return read_tensors(newest)
+
+
+def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {
         f"{file.stem}/{name}": tensor
-        for file in sorted(newest.glob("*.safetensors"))
+        for file in sorted(checkpoint.glob("*.safetensors"))
         for name, tensor in load_file(file).items()
     }
 

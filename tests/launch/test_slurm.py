@@ -15,7 +15,7 @@ import pytest
 
 from tests.launch import slurm as local
 from tests.launch.conftest import assert_equal, newest_images, tensors
-from tests.processes import ROOT, run_sivae
+from tests.processes import ROOT
 
 pytestmark = [
     pytest.mark.skipif(
@@ -37,14 +37,6 @@ def slurm():
     finally:
         cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(small, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("torchrun")
-    done = run_sivae(["train", *small(folder)], ranks=2)
-    assert done.returncode == 0, done.stderr
-    return tensors(folder)
 
 
 @pytest.fixture
@@ -103,7 +95,7 @@ def test_torchrun_is_preempted_and_goes_on(slurm, submit, small, undisturbed, tm
         "signalled, saving a checkpoint" in text and "stopped with a checkpoint saved; back into the queue" in text
     ), text
     assert "2 nodes x 1 processes" in text and "start 2" in text and "resuming at" in text
-    assert_equal(tensors(run), undisturbed)
+    assert_equal(tensors(run), undisturbed())
     assert not list(ROOT.glob(".sivae-stopped-*"))
 
 
@@ -116,7 +108,7 @@ def test_ray_is_signalled_and_goes_on(slurm, submit, small, undisturbed, tmp_pat
     text = finish(slurm, job, log)
     assert "asked to stop: saving a checkpoint first" in text and "back into the queue" in text, text
     assert "start 2" in text and text.count("2 workers on") == 2
-    assert_equal(tensors(run), undisturbed)
+    assert_equal(tensors(run), undisturbed())
 
 
 def test_an_error_ends_the_job_and_is_not_requeued(slurm, submit, small, tmp_path):

@@ -3,14 +3,10 @@
 pytest tests/launch/test_train.py
 """
 
-import json
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -19,27 +15,15 @@ from tests.launch.conftest import (
     EVERY_IMAGES,
     TOTAL_IMAGES,
     assert_equal,
-    free_port,
     kill,
     logged_images,
-    marked_processes,
     newest_images,
     refused,
     tensors,
     worker_pids,
 )
-from tests.processes import run_sivae
 
 MODULE = "launch.train"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(small, tmp_path_factory):
-    """The weights that torchrun ends with on two ranks."""
-    folder = tmp_path_factory.mktemp("torchrun")
-    done = run_sivae(["train", *small(folder)], ranks=2)
-    assert done.returncode == 0, done.stderr
-    return tensors(folder)
 
 
 def test_two_workers_end_with_the_bits_of_torchrun(start, small, undisturbed, tmp_path, nothing_left):
@@ -53,7 +37,7 @@ def test_two_workers_end_with_the_bits_of_torchrun(start, small, undisturbed, tm
     assert len(listening) > 8 and len(open_to_others) <= 1, open_to_others
     assert all(c.pid == worker_pids(process.text)[0] for c in open_to_others), open_to_others
     assert process.wait() == 0, process.text
-    assert_equal(tensors(tmp_path / "run"), undisturbed)
+    assert_equal(tensors(tmp_path / "run"), undisturbed())
     # It says which node has which rank, and hands on what rank 0 measures.
     assert f"node {socket.gethostname()} (127.0.0.1): ranks 0, 1" in process.text
     assert process.text.count("images/s") == TOTAL_IMAGES // EVERY_IMAGES, process.text
@@ -73,7 +57,7 @@ def test_lost_worker_and_lost_driver(start, small, undisturbed, tmp_path, nothin
     assert process.wait() == 0, process.text
     assert "rank 1 on node" in process.text and "was lost; starting again, failure 1 of at most 8" in process.text
     assert "the driver was ended by SIGKILL; starting it again, failure 2 of at most 8" in process.text
-    assert_equal(tensors(run), undisturbed)
+    assert_equal(tensors(run), undisturbed())
     assert logged_images(run) == list(range(EVERY_IMAGES, TOTAL_IMAGES + 1, EVERY_IMAGES))
 
 
@@ -87,34 +71,30 @@ def test_lost_node_that_is_replaced(start, small, undisturbed, tmp_path, make_cl
     cluster.add_node(num_cpus=1)
     assert process.wait() == 0, process.text
     assert "was lost" in process.text
-    assert_equal(tensors(run), undisturbed)
+    assert_equal(tensors(run), undisturbed())
 
 
 def test_elastic_goes_on_with_fewer_and_grows_again(start, small, undisturbed, tmp_path, make_cluster):
-    cluster, run = make_cluster(1, 1), tmp_path / "run"
-    arguments = small(run, total=2 * TOTAL_IMAGES) + ["--workers", "1:3", "--grow-every", "0.5", "--wait", "2"]
+    cluster, run, total = make_cluster(1, 1), tmp_path / "run", 2 * TOTAL_IMAGES
+    arguments = small(run, total=total) + ["--workers", "1:3", "--grow-every", "0.5", "--wait", "2"]
     process = start(MODULE, [*arguments, "--address", cluster.address])
     process.until(lambda: newest_images(run) >= 480, "480 images")
     cluster.remove_node(cluster.others[0], allow_graceful=False)
     process.until(lambda: "1 workers on 1 nodes" in process.text, "smaller group")
     lost_at = newest_images(run)
-    process.until(lambda: newest_images(run) >= lost_at + 480, "480 images more")
+    process.until(lambda: newest_images(run) > lost_at, "progress")
     another = cluster.add_node(num_cpus=1)
     process.until(lambda: process.text.count("2 workers on") == 2, "grown group")
     # A node whose end is announced, as spot machines do.
     drain(cluster, another)
     process.until(lambda: process.text.count("1 workers on") == 2, "smaller group again")
-    assert "is about to be taken away: saving a checkpoint first" in process.text
-    assert newest_images(run) < TOTAL_IMAGES, "it was to happen in mid-run"
-    process.popen.send_signal(signal.SIGTERM)
-    assert process.wait() == 75, process.text
+    assert newest_images(run) < total, "it was to happen in mid-run"
+    assert process.wait() == 0, process.text
     assert "elastic: 1, 2 workers divide the global batch of 16 (3 do not), which stays the same" in process.text
     assert "there is room for 2 workers now" in process.text
-    assert "failure 2" not in process.text, "growing is no failure"
-    # To the end on one worker more, as the same command with another total does.
-    process = start(MODULE, [*small(run), "--workers", "1:2", "--address", cluster.address])
-    assert process.wait() == 0, process.text
-    assert_equal(tensors(run), undisturbed, tolerance=1e-5)
+    assert "is about to be taken away: saving a checkpoint first" in process.text
+    assert "failure 2" not in process.text, "growing and leaving in order are no failures"
+    assert_equal(tensors(run, total), undisturbed(total), tolerance=1e-5)
 
 
 def drain(cluster, node) -> None:
@@ -124,36 +104,16 @@ def drain(cluster, node) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_autoscaler_is_asked_and_not_beyond_its_limit(start, small, tmp_path):
-    """Ray's real autoscaler with nodes of this machine: a head without a slot, up to two workers of one slot each."""
-    from ray.cluster_utils import AutoscalingCluster
-
-    types = {"cpu": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}}
-    # Only its settings: its `start` would stop every Ray of this machine.
-    settings = AutoscalingCluster({"CPU": 0}, types, max_workers=2, idle_timeout_minutes=5)._config
-    (tmp_path / "autoscaler.yaml").write_text(json.dumps(settings))
-    port = free_port()
-    head = start(
-        "ray.scripts.scripts",
-        ["start", "--head", "--block", "--num-cpus=0", f"--port={port}", "--include-dashboard=false",
-         f"--autoscaling-config={tmp_path / 'autoscaler.yaml'}", "--disable-usage-stats"],
-        RAY_FAKE_CLUSTER="1", AUTOSCALER_UPDATE_INTERVAL_S="1", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="1",
-    )  # fmt: skip
-    try:
-        head.until(lambda: re.search(r"--address='([\d.]+:\d+)'", head.text), "head")
-        address = re.search(r"--address='([\d.]+:\d+)'", head.text)[1]
-        process = start(
-            MODULE, [*small(tmp_path / "run", total=960), "--workers", "2", "--wait", "90", "--address", address]
-        )
-        assert process.wait() == 0, process.text
-        assert "2 workers on" in process.text
-        process = start(MODULE, [*small(tmp_path / "other"), "--workers", "4", "--address", address])
-        assert "the cluster's autoscaler may start room for 2 at most" in refused(process, MODULE)
-    finally:
-        head.popen.terminate()
-        head.popen.wait(timeout=30)
-        for process in marked_processes():  # nodes that the autoscaler started
-            process.kill()
+def test_a_lost_head_is_told_and_waited_for(start, small, tmp_path, make_cluster, nothing_left):
+    """Ray ends a driver whose head is gone without a word; the watcher has one."""
+    cluster = make_cluster(1)
+    process = start(MODULE, [*small(tmp_path / "run"), "--wait", "3", "--address", cluster.address])
+    process.until(lambda: newest_images(tmp_path / "run"), "checkpoint")
+    cluster.head_node.kill_gcs_server()
+    cluster.head_node.kill_raylet()
+    assert process.wait() == 1, process.text
+    assert "failure 1 of at most 8" in process.text
+    assert process.text.strip().splitlines()[-1].startswith("launch.train: error: --address: no Ray cluster answers at")
 
 
 def test_signal_saves_and_a_killed_watcher_leaves_nothing(start, small, undisturbed, tmp_path, nothing_left):
@@ -163,10 +123,9 @@ def test_signal_saves_and_a_killed_watcher_leaves_nothing(start, small, undistur
     )  # no report in between: it stops all the same
     process = start(MODULE, [*slow, "--workers", "2"])
     process.until(lambda: "2 workers on" in process.text, "group")
-    time.sleep(3)
     process.popen.send_signal(signal.SIGTERM)
     assert process.wait() == 75, process.text
-    assert "is saved; run the same command to go on" in process.text and 0 < newest_images(run) < TOTAL_IMAGES
+    assert "is saved; run the same command to go on" in process.text and newest_images(run) < TOTAL_IMAGES
     process = start(MODULE, [*small(run), "--workers", "2"])
     process.until(lambda: process.text.count("images/s") >= 2, "progress")
     family = process.family()
@@ -175,7 +134,7 @@ def test_signal_saves_and_a_killed_watcher_leaves_nothing(start, small, undistur
     assert not [p for p in family if p.is_running()]
     process = start(MODULE, [*small(run), "--workers", "2"])
     assert process.wait() == 0, process.text
-    assert_equal(tensors(run), undisturbed)
+    assert_equal(tensors(run), undisturbed())
 
 
 def test_gives_up_after_its_limit(start, small, tmp_path, nothing_left):
@@ -189,19 +148,25 @@ def test_gives_up_after_its_limit(start, small, tmp_path, nothing_left):
     assert "rank 0 on node" in sentence and "gave up after 2 failures (--max-failures 1)" in sentence
 
 
+NODE_PROGRAM = """
+import sys, time
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+Node(RayParams(gcs_address=sys.argv[1], num_cpus=1, node_ip_address="127.0.0.1", object_store_memory=100 * 2**20), head=False)
+time.sleep(600)
+"""
+
+
 def test_directory_that_is_not_shared(small, start, tmp_path, make_cluster):
     """Two nodes, one of which sees another folder at the same path: told at the start, not when rank 0 moves there."""
-    # A mount namespace of its own gives the second raylet another /run-directory.
-    shared, own = tmp_path / "shared", tmp_path / "own"
-    shared.mkdir(), own.mkdir()
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("this user may not make a mount namespace")
-    cluster = make_cluster(1)
-    command = f"mount --bind {own} {shared} && exec {sys.executable} -m ray.scripts.scripts start --address={cluster.address} --node-ip-address=127.0.0.1 --num-cpus=1 --block"
+    shared, own, cluster = tmp_path / "shared", tmp_path / "own", make_cluster(1)
+    shared.mkdir(), own.mkdir()
+    # A mount namespace of its own gives the second raylet another folder there.
+    command = f"mount --bind {own} {shared} && exec {sys.executable} -c '{NODE_PROGRAM}' {cluster.address}"
     with open(tmp_path / "node.log", "wb") as log:
-        # (`ray start` joins no cluster under the switch that keeps a head on loopback.)
-        variables = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
-        node = subprocess.Popen(["unshare", "--mount", "bash", "-c", command], stdout=log, stderr=log, env=variables)
+        node = subprocess.Popen(["unshare", "--mount", "bash", "-c", command], stdout=log, stderr=log)
     try:
         process = start(
             MODULE, [*small(shared / "run"), "--workers", "2", "--address", cluster.address, "--wait", "60"]
@@ -225,7 +190,6 @@ def test_directory_that_is_not_shared(small, start, tmp_path, make_cluster):
         (["--address", "somewhere"], ["host:port"]),
         (["--workers", "8"], ["8 are asked for", "the cluster has room for"]),
         (["run.directory=/proc/nothing"], ["run.directory", "/proc/nothing", "cannot write"]),
-        (["data.url=/no/where"], ["/no/where", "sivae pack"]),
     ],
 )
 def test_bad_input_is_one_sentence(start, small, tmp_path, nothing_left, arguments, words):
