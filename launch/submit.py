@@ -43,12 +43,12 @@ POLL_SEC = 1.0
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m launch.submit", description=__doc__.split("\n\n")[0],
-        epilog="Arguments that are not listed here are those of launch.train (--workers, --placement, --max-failures, ...).",
     )  # fmt: skip
     parser.add_argument("what", help="YAML file inside this checkout, or its URL; or one of status, logs, stop, list")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value or ID", help="settings that replace the file's; the job's id"
     )
+    train.add_run_options(parser)
     parser.add_argument(
         "--address",
         default=os.environ.get("RAY_API_SERVER_ADDRESS"),
@@ -82,13 +82,9 @@ def say(text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
-    options, rest = parser.parse_known_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
-        if options.what in COMMANDS:
-            if rest:
-                parser.error(f"unrecognized arguments: {' '.join(rest)}")
-            return manage(options)
-        return submit(options, rest)
+        return manage(options) if options.what in COMMANDS else submit(options)
     except (UserError, ConfigError) as error:
         if options.debug:
             raise
@@ -96,8 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_ERROR
 
 
-def submit(options: argparse.Namespace, rest: list[str]) -> int:
-    entrypoint = command(options, rest)
+def submit(options: argparse.Namespace) -> int:
+    entrypoint = command(options)
     variables = train.environment(options.env) | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SEC)}
     client = connect(options.address)
     try:
@@ -118,16 +114,15 @@ def submit(options: argparse.Namespace, rest: list[str]) -> int:
         return 130
 
 
-def command(options: argparse.Namespace, rest: list[str]) -> str:
+def command(options: argparse.Namespace) -> str:
     """The shell command of the job. Raises ConfigError or UserError for all that can be known here to be wrong."""
     for override in options.overrides:
         if "storage_options" in override:
             raise UserError(
                 f"{override.partition('=')[0]}: would stand in the job's command for all to read; give credentials by --env"
             )
-    parsed = train.build_parser().parse_args([options.what, *rest])
     settings = config.load(options.what, options.overrides)
-    sizes(settings, parse_workers(parsed.workers))
+    sizes(settings, parse_workers(options.workers))
     for key, url in (
         ("run.directory", settings.run.directory),
         ("data.url", settings.data.url),
@@ -147,7 +142,17 @@ def command(options: argparse.Namespace, rest: list[str]) -> str:
             )
         path = str(full.relative_to(ROOT))
     # exec: the signal that stops a job should reach Python, not a shell around it.
-    return "exec " + shlex.join([options.python, "-m", "launch.train", path, *options.overrides, *rest])
+    return "exec " + shlex.join([options.python, "-m", "launch.train", path, *options.overrides, *handed_on(options)])
+
+
+def handed_on(options: argparse.Namespace) -> list[str]:
+    """The options of launch.train that were given, as arguments."""
+    parser = argparse.ArgumentParser()
+    train.add_run_options(parser)
+    given = [(action, getattr(options, action.dest)) for action in parser._actions if action.dest != "help"]
+    return [
+        word for action, value in given if value != action.default for word in (action.option_strings[0], str(value))
+    ]
 
 
 def manage(options: argparse.Namespace) -> int:

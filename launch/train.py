@@ -27,13 +27,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch.train", description=__doc__.split("\n\n")[0])
     parser.add_argument("config", help="YAML file; path or URL")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
-    parser.add_argument(
-        "--workers", default="1", metavar="N or MIN:MAX",
-        help="one worker per GPU, or per CPU slot; a range is elastic: it goes on with what is left and grows again",
-    )  # fmt: skip
+    add_run_options(parser)
     parser.add_argument(
         "--address", default=os.environ.get("RAY_ADDRESS"),
         help="host:port of a Ray cluster whose node this is; without it, and without RAY_ADDRESS, this machine alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]",
+        help="environment variable for all workers; without a value, as it is here",
+    )  # fmt: skip
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `launch.submit` hands on as they are."""
+    parser.add_argument(
+        "--workers", default="1", metavar="N or MIN:MAX",
+        help="one worker per GPU, or per CPU slot; a range is elastic: it goes on with what is left and grows again",
     )  # fmt: skip
     parser.add_argument(
         "--placement", default="pack", choices=["pack", "spread", "strict_pack", "strict_spread"],
@@ -54,12 +65,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache-dir", help="folder on every node's own disk for caches (default: $SIVAE_CACHE or in /tmp)"
     )
-    parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME[=VALUE]",
-        help="environment variable for all workers; without a value, as it is here",
-    )  # fmt: skip
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
 
 
 def load(options: argparse.Namespace) -> Config:

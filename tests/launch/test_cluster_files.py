@@ -192,9 +192,9 @@ def test_commands_are_accepted(path, monkeypatch):
     for arguments in commands(text, "python -m launch.submit "):
         if not arguments or "|" in arguments[0]:
             continue
-        options, rest = submit.build_parser().parse_known_intermixed_args(known_config(arguments))
+        options = submit.build_parser().parse_intermixed_args(known_config(arguments))
         if options.what not in submit.COMMANDS:
-            assert submit.command(options, rest)
+            assert submit.command(options)
     for arguments in commands(text, "python -m launch.sweep "):
         options = sweep.build_parser().parse_intermixed_args(known_config(arguments))
         if "NAME" not in options.sweep:
