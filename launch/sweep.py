@@ -140,7 +140,7 @@ def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_di
 
     from ray import tune
 
-    from launch import trial
+    from launch import sweep_watch, trial
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Consider boosting PBT performance")
@@ -152,7 +152,7 @@ def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_di
     trainable = tune.with_resources(
         tune.with_parameters(trial.run, spec=spec, gpus=gpus, cache_dir=cache_dir), {"node:__internal_head__": 1e-4}
     )
-    watcher = watch_class()(spec, folder)
+    watch, stop = sweep_watch.Watch(spec, folder), sweep_watch.Stop()
     where = dict(storage_path=folder.path if folder.is_local else folder.join())
     if not folder.is_local:
         from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -167,8 +167,9 @@ def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_di
             path, trainable=trainable, resume_unfinished=True, resume_errored=True, param_space=space,
             storage_filesystem=where.get("storage_filesystem"),
         )  # fmt: skip
-        tuner._local_tuner._run_config.callbacks = [watcher]
-        tuner._local_tuner._run_config.stop = watcher.stopper
+        # Ours know this process; what was saved of the other's is not asked.
+        tuner._local_tuner._run_config.callbacks = [watch]
+        tuner._local_tuner._run_config.stop = stop
     else:
         tuner = tune.Tuner(
             trainable, param_space=space,
@@ -178,20 +179,22 @@ def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_di
                 trial_name_creator=lambda one: one.trial_id, trial_dirname_creator=lambda one: one.trial_id,
             ),
             run_config=tune.RunConfig(
-                name=TUNE_FOLDER, **where, verbose=0, callbacks=[watcher], stop=watcher.stopper,
+                name=TUNE_FOLDER, **where, verbose=0, callbacks=[watch], stop=stop,
                 # Losing the head node's process is the one fault that a trial does not survive by itself.
                 failure_config=tune.FailureConfig(max_failures=spec.max_failures),
             ),
         )  # fmt: skip
     tuner.fit()
-    if watcher.fatal:
-        raise UserError(watcher.fatal)
+    if sweep_watch.fatal:
+        raise UserError(sweep_watch.fatal[0])
 
 
 def plan(spec: Spec, together: int) -> tuple[dict, Any, Any, int]:
     """Tune's parameter space, search, scheduler and number of samples."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
+
+    from launch import sweep_watch
 
     last = spec.rounds(spec.settings(spec.corners()[0]).schedule.total_images)
     domains = {key: domain(how) for key, how in spec.space.items()}
@@ -204,7 +207,8 @@ def plan(spec: Spec, together: int) -> tuple[dict, Any, Any, int]:
             reduction_factor=spec.asha.reduction_factor,
         )
     if spec.search == "pbt":
-        scheduler = exchange_class(last)(
+        scheduler = sweep_watch.Exchange(
+            last_round=last,
             time_attr="rounds", perturbation_interval=spec.pbt.every_rounds, quantile_fraction=spec.pbt.quantile,
             resample_probability=spec.pbt.resample, synch=True, log_config=False,
             hyperparam_mutations={"point": {key: getattr(d, "categories", d) for key, d in domains.items()}},
@@ -219,20 +223,6 @@ def plan(spec: Spec, together: int) -> tuple[dict, Any, Any, int]:
         return {"point": domains}, ConcurrencyLimiter(OptunaSearch(seed=spec.seed), together), scheduler, spec.trials
     # All points are drawn before: a sweep that starts again has the same trials.
     return {"point": tune.grid_search(spec.draw())}, None, scheduler, 1
-
-
-def exchange_class(last_round: int) -> type:
-    from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
-
-    class Exchange(PopulationBasedTraining):
-        """Ray's, without an exchange after the last report, which nobody would train on from."""
-
-        def on_trial_result(self, controller, trial, result):
-            if result["rounds"] >= last_round:
-                return TrialScheduler.CONTINUE
-            return super().on_trial_result(controller, trial, result)
-
-    return Exchange
 
 
 def domain(how: dict[str, list[Any]]) -> Any:
@@ -255,71 +245,6 @@ def within(spec: Spec):
         return min(max(value, values[0]), values[1]) if kind in ("uniform", "loguniform") else value
 
     return lambda config: config | {"point": {key: one(key, value) for key, value in config["point"].items()}}
-
-
-def watch_class() -> type:
-    from ray import tune
-    from ray.tune import Stopper
-
-    from launch.trial import FAILED
-
-    class Watch(tune.Callback):
-        """Tells a person what happens, and ends the sweep when no trial can succeed."""
-
-        def __init__(self, spec: Spec, folder: Folder):
-            self.spec, self.folder = spec, folder
-            self.fatal: str | None = None
-            self.numbers: dict[str, int] = {}
-            watch = self
-
-            class Stop(Stopper):
-                def __call__(self, trial_id, result):
-                    return False
-
-                def stop_all(self):
-                    return watch.fatal is not None
-
-            self.stopper = Stop()
-
-        def __getstate__(self):
-            return {"spec": self.spec, "folder": self.folder}
-
-        def number(self, trial) -> int:
-            return self.numbers.setdefault(trial.trial_id, len(self.numbers) + 1)
-
-        def on_trial_start(self, iteration, trials, trial, **info):
-            for one in trials:
-                self.number(one)
-            say(f"trial {self.number(trial)} ({trial.trial_id}) starts: {shown(values_of(trial.config))}")
-
-        def on_trial_result(self, iteration, trials, trial, result, **info):
-            if self.spec.metric in result:
-                say(
-                    f"trial {self.number(trial)} at {result['images_seen']:,} images: {self.spec.metric} {result[self.spec.metric]:.5g}"
-                )
-
-        def on_trial_complete(self, iteration, trials, trial, **info):
-            found = self.folder.folder("trials", trial.trial_id)
-            if found.exists(FAILED):
-                failed = json.loads(found.read(FAILED))
-                say(f"trial {self.number(trial)} failed: {failed['sentence']}")
-                if failed["all"]:
-                    self.fatal = failed["sentence"]
-
-        def on_trial_error(self, iteration, trials, trial, **info):
-            say(f"trial {self.number(trial)} was lost more often than max_failures allows")
-
-    return Watch
-
-
-def values_of(config: dict[str, Any]) -> dict[str, Any]:
-    return config.get("point", config)
-
-
-def shown(values: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
-    )
 
 
 def _stop_on_signals() -> threading.Event:
