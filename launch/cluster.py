@@ -230,18 +230,20 @@ def nodes(need: Need) -> list[Node]:
 
 
 class Demand:
-    """Room asked of the autoscaler, for as long as the `with` lasts and never longer than this process: a placement group that
+    """Room asked of the autoscaler from `open` on, for as long as the `with` lasts and never longer than this process: a placement group that
     waits. (Ray's own call for it, request_resources, would keep machines running after everybody has gone.)"""
 
     def __init__(self, need: Need, number: int):
         self._need, self._number, self._group = need, number, None
 
     def __enter__(self) -> Demand:
-        if self._number > 0:
+        return self
+
+    def open(self) -> None:
+        if self._group is None and self._number > 0:
             from ray.util.placement_group import placement_group
 
             self._group = placement_group([self._need.resources] * self._number, strategy=self._need.placement.upper())
-        return self
 
     def met(self) -> bool:
         if self._group is None:
@@ -251,11 +253,15 @@ class Demand:
         # (`wait(0)` of a placement group waits for ever.)
         return placement_group_table(self._group).get("state") == "CREATED"
 
-    def __exit__(self, *error) -> None:
+    def close(self) -> None:
         if self._group is not None:
             from ray.util.placement_group import remove_placement_group
 
             remove_placement_group(self._group)
+            self._group = None
+
+    def __exit__(self, *error) -> None:
+        self.close()
 
 
 def most_ever(need: Need) -> int | None:

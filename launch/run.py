@@ -145,27 +145,34 @@ class Run:
     def _wait_for_room(self, before: int | None) -> int | None:
         """The number of workers to start now; None when asked to stop meanwhile.
 
-        After a fault the resources of the dead come free only after a moment, so the number that there was is preferred for
-        some seconds. Raises UserError when there is no room for the fewest in time.
+        After a fault the resources of the dead come free only after a moment, and nodes join one after the other: so the
+        number that there was, or at first the most, is preferred for some seconds. Raises UserError when there is no room for
+        the fewest in time.
         """
         with self.demand(self.sizes[0]) as demand:
-            number = self._wait(before, demand)
-        return number
+            return self._wait(before or self.most, demand)
 
-    def _wait(self, before: int | None, demand: cluster.Demand) -> int | None:
+    @property
+    def most(self) -> int:
+        return self.sizes[-1] if self.ever is None else max(number for number in self.sizes if number <= self.ever)
+
+    def _wait(self, before: int, demand: cluster.Demand) -> int | None:
         start, told = time.monotonic(), False
         while True:
             if demand.met():
-                return self.sizes[0]
+                demand.close()  # what it holds is for the workers
+                time.sleep(1.0)
             found = cluster.nodes(self.need)
             free, total = (self.need.most([getattr(node, name) for node in found]) for name in ("free", "total"))
             fits = [number for number in self.sizes if number <= free]
             waited = time.monotonic() - start
-            if fits and (before is None or fits[-1] >= before or waited >= min(SETTLE_SEC, self.limits.wait_sec)):
+            if fits and (fits[-1] >= before or waited >= min(SETTLE_SEC, self.limits.wait_sec)):
                 return fits[-1]
+            if not fits:
+                demand.open()
             if self._stop.is_set():
                 return None
-            if not fits and waited >= self._patience(total):
+            if not fits and waited >= self.limits.wait_sec:
                 rooms = ", ".join(f"{node.name}: {node.total}" for node in found) or "no node"
                 busy = f", of which {total - free} in use" if total - free else ""
                 how = "" if self.need.placement in ("pack", "spread") else f" under --placement {self.need.placement}"
@@ -179,9 +186,6 @@ class Run:
                     f"waiting up to {self.limits.wait_sec:g} seconds for room for {self.sizes[0]} workers, there is room for {free}"
                 )
             self._stop.wait(0.5)
-
-    def _patience(self, total: int) -> float:
-        return self.limits.wait_sec
 
     def demand(self, number: int) -> cluster.Demand:
         """Ask the cluster's autoscaler for room for so many workers more; where there is none, nobody hears it."""
@@ -208,11 +212,10 @@ class Attempt:
 
     def go(self) -> tuple[Outcome | None, str | None]:
         """The outcome and None, or None and a clause that says what went wrong. Raises UserError for a lasting error."""
-        most = self.run.sizes[-1] if self.run.ever is None else max(n for n in self.run.sizes if n <= self.run.ever)
-        with self.run.demand(most - self.number) as more:
-            return self._go(most, more)
+        with self.run.demand(self.run.most - self.number) as more:
+            return self._go(more)
 
-    def _go(self, most: int, demand: cluster.Demand) -> tuple[Outcome | None, str | None]:
+    def _go(self, demand: cluster.Demand) -> tuple[Outcome | None, str | None]:
         thread = threading.Thread(target=self._fit, daemon=True)
         thread.start()
         stopping, looks, next_look = False, 0, time.monotonic() + self.run.limits.grow_sec
@@ -227,9 +230,10 @@ class Attempt:
                     return Outcome(0, True, {}, self.run.newest), None  # nothing runs yet; it ends with this process
             elif leaving := self._leaving():
                 reason = f"node {leaving} is about to be taken away: saving a checkpoint first"
-            elif self.number < most and self.joined and time.monotonic() >= next_look:
+            elif self.number < self.run.most and len(self.joined) == self.number and time.monotonic() >= next_look:
                 next_look = time.monotonic() + self.run.limits.grow_sec
-                more = most if demand.met() else self.run.room(self.number)
+                demand.open()  # not before the workers have their places, which it would take
+                more = self.run.most if demand.met() else self.run.room(self.number)
                 looks = looks + 1 if more > self.number else 0
                 if looks >= GROW_PATIENCE:
                     self.target = more
