@@ -1,0 +1,141 @@
+"""The driver of `launch.train`: joins the cluster, runs the attempts, tells what happens. Started by launch/train.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from launch import cluster, train
+from launch.cluster import Need
+from launch.run import Limits, Outcome, Run, parse_workers, sizes
+from launch.supervise import LOST, say_ended
+from sivae.config import ConfigError
+from sivae.errors import UserError
+
+SAME_REQUEST_SEC = (
+    1.0  # a launcher may signal every process of a job, and the watcher hands it on as well; see sivae/signals.py
+)
+SHOWN = {
+    "loss_encoder": "enc",
+    "loss_decoder": "dec",
+    "rec": "rec",
+    "kl_real": "kl",
+    "kl_gap": "gap",
+    "images_per_sec": "images/s",
+}
+
+
+def say(text: str) -> None:
+    own = text.startswith(("sivae: ", "train: "))  # a worker's line has its own beginning
+    print(text if own else f"launch.train: {text}", file=sys.stderr, flush=True)
+
+
+def tell(metrics: dict[str, float], checkpoint: str | None) -> None:
+    named = {name.split("/")[-1]: value for name, value in metrics.items()}
+    values = ", ".join(f"{short} {named[name]:.4g}" for name, short in SHOWN.items() if name in named)
+    say(", ".join(filter(None, (values, checkpoint and f"checkpoint {checkpoint}"))))
+
+
+def drive(arguments: list[str]) -> int:
+    options = train.build_parser().parse_intermixed_args(arguments)
+    settings = train.check(options)
+    count = Path(os.environ[train.FAILURES_FILE]) if train.FAILURES_FILE in os.environ else None
+    failures = int(count.read_text() or 0) if count else 0
+    numbers = sizes(settings, parse_workers(options.workers))
+    if ":" in options.workers:
+        rest = [n for n in parse_workers(options.workers) if n not in numbers]
+        say(
+            f"elastic: {', '.join(map(str, numbers))} workers divide the global batch of {settings.schedule.batch_size}"
+            + (f" ({', '.join(map(str, rest))} do not)" if rest else "") + ", which stays the same"
+        )  # fmt: skip
+    cluster.connect(options.address, train.environment(options.env), wait_sec=options.wait if failures else 0.0)
+    gpus = settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus())
+    run = Run(
+        settings, numbers, Need(options.cpus_per_worker, float(gpus), options.placement),
+        Limits(options.wait if options.address else 0.0, options.grow_every, options.max_failures),
+        say=say, on_report=tell, on_failure=lambda n: count and count.write_text(str(n)), cache_dir=options.cache_dir, failures=failures,
+    )  # fmt: skip
+    _stop_on_signals(run)
+    outcome = _in_thread(run)
+    if outcome.interrupted:
+        say(
+            f"stopped, checkpoint {outcome.checkpoint} is saved; run the same command to go on"
+            if outcome.checkpoint
+            else "stopped before anything was trained; run the same command to start"
+        )
+        return train.EXIT_INTERRUPTED
+    print(f"{outcome.images_seen:,} images seen; checkpoint {settings.run.directory}/checkpoints/{outcome.checkpoint}")
+    if outcome.picture:
+        print(f"picture: {outcome.picture}")
+    return 0
+
+
+def _in_thread(run: Run) -> Outcome:
+    """`run.go()` beside the main thread, which stays free to hear signals."""
+    box: dict = {}
+
+    def work() -> None:
+        try:
+            box["outcome"] = run.go()
+        except BaseException as error:  # noqa: BLE001 (raised below)
+            box["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if "error" in box:
+        raise box["error"]
+    return box["outcome"]
+
+
+def _stop_on_signals(run: Run) -> None:
+    first_sec: list[float] = []
+
+    def handle(number, frame) -> None:
+        if not first_sec:
+            first_sec.append(time.monotonic())
+            run.stop()
+        elif time.monotonic() - first_sec[0] > float(os.environ.get("SIVAE_SAME_REQUEST_SEC", SAME_REQUEST_SEC)):
+            os._exit(128 + number)  # the cluster ends what this process started there
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    sys.stdout = cluster.Quiet(sys.stdout)
+    try:
+        return drive(arguments)
+    except (UserError, ConfigError) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"launch.train: error: {error}", file=sys.stderr)
+        return train.EXIT_ERROR
+    except Exception as error:  # noqa: BLE001 (a lost cluster shows in many kinds)
+        if "--debug" in arguments:
+            raise
+        import ray
+
+        if isinstance(error, (ray.exceptions.RayError, ConnectionError)):
+            print(f"launch.train: lost the cluster ({type(error).__name__})", file=sys.stderr)
+            return LOST
+        print(
+            f"launch.train: error: {type(error).__name__}: {' '.join(str(error).split())[:500]}; --debug shows where",
+            file=sys.stderr,
+        )
+        return train.EXIT_ERROR
+    finally:
+        if train.FAILURES_FILE in os.environ:
+            say_ended(Path(os.environ[train.FAILURES_FILE]))
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

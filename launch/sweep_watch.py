@@ -1,0 +1,83 @@
+"""What Ray Tune calls while a sweep runs. A module of its own: Tune saves these objects, and reads them in another process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from ray import tune
+from ray.tune import Stopper
+from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
+
+from launch.sweep_spec import Spec
+from launch.trial import FAILED
+from sivae.storage import Folder
+
+fatal: list[str] = []  # why no trial of this process's sweep can succeed
+
+
+def say(text: str) -> None:
+    print(f"launch.sweep: {text}", file=sys.stderr, flush=True)
+
+
+class Watch(tune.Callback):
+    """Tells a person what happens, and notices when no trial can succeed."""
+
+    def __init__(self, spec: Spec, folder: Folder):
+        self.spec, self.folder = spec, folder
+        self.numbers: dict[str, int] = {}
+
+    def number(self, trial) -> int:
+        return self.numbers.setdefault(trial.trial_id, len(self.numbers) + 1)
+
+    def on_trial_start(self, iteration, trials, trial, **info):
+        for one in trials:
+            self.number(one)
+        say(f"trial {self.number(trial)} ({trial.trial_id}) starts: {shown(trial.config['point'])}")
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        if self.spec.metric in result:
+            say(
+                f"trial {self.number(trial)} at {result['images_seen']:,} images: {self.spec.metric} {result[self.spec.metric]:.5g}"
+            )
+
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        found = self.folder.folder("trials", trial.trial_id)
+        if found.exists(FAILED):
+            failed = json.loads(found.read(FAILED))
+            say(f"trial {self.number(trial)} failed: {failed['sentence']}")
+            if failed["all"]:
+                fatal.append(failed["sentence"])
+
+    def on_trial_error(self, iteration, trials, trial, **info):
+        say(f"trial {self.number(trial)} was lost more often than max_failures allows")
+
+
+class Stop(Stopper):
+    """Ends the sweep when no trial can succeed."""
+
+    def __call__(self, trial_id, result):
+        return False
+
+    def stop_all(self):
+        return bool(fatal)
+
+
+class Exchange(PopulationBasedTraining):
+    """Ray's, without an exchange after the last report, which nobody would train on from."""
+
+    def __init__(self, *arguments, last_round: int, **options):
+        super().__init__(*arguments, **options)
+        self.last_round = last_round
+
+    def on_trial_result(self, controller, trial, result):
+        if result["rounds"] >= self.last_round:
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(controller, trial, result)
+
+
+def shown(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
+    )

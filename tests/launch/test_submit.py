@@ -1,0 +1,185 @@
+"""`python -m launch.submit` with a real `ray start --head` on loopback, with a token: ship, stream, stop, true exit codes.
+
+pytest tests/launch/test_submit.py
+"""
+
+import fnmatch
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.launch.conftest import EVERY_IMAGES, RAY_ENVIRONMENT, free_port, newest_images, refused, tensors
+from tests.processes import ROOT, environment
+
+MODULE = "launch.submit"
+TOKEN = RAY_ENVIRONMENT["RAY_AUTH_TOKEN"]
+
+
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory):
+    """The URL of a head on loopback with two CPU slots, as a user starts it."""
+    port = free_port()
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0",
+        f"--port={free_port()}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
+        f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={tmp_path_factory.mktemp('r')}", "--disable-usage-stats",
+    ]  # fmt: skip
+    log = tmp_path_factory.mktemp("log") / "head.log"
+    with open(log, "wb") as file:
+        variables = environment() | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+        head = subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+    try:
+        for _ in range(600):
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=0.1).close()
+                break
+            except OSError:
+                assert head.poll() is None, log.read_text()
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        for process in family:  # in order it would take half a minute
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        head.wait(timeout=60)
+
+
+def job_id(text: str) -> str:
+    return re.search(r"raysubmit_\w+", text)[0]
+
+
+def test_submit_streams_and_ends_with_the_jobs_code(start, small, dashboard, tmp_path):
+    run = tmp_path / "run"
+    process = start(
+        MODULE, [*small(run, total=960), "--workers", "2", "--address", dashboard, "--env", "COLOUR=invisible-blue"]
+    )
+    assert process.wait() == 0, process.text
+    assert (
+        "ranks 0, 1" in process.text
+        and process.text.count("images/s") == 10
+        and "SUCCEEDED (exit code 0)" in process.text
+    )
+    assert tensors(run, 960)
+    assert "invisible-blue" not in process.text and TOKEN not in process.text
+    job = job_id(process.text)
+    for what in ("status", "list"):
+        done = start(MODULE, [*([what, job] if what == "status" else [what]), "--address", dashboard])
+        assert done.wait() == 0 and f"{job}  SUCCEEDED (exit code 0)" in done.text, done.text
+        assert "launch.train configs/digits.yaml" in done.text and "invisible-blue" not in done.text
+    again = start(MODULE, ["logs", job, "--address", dashboard])
+    assert again.wait() == 0 and again.text.count("images/s") == 10, again.text
+
+
+def test_stop_saves_and_a_failing_job_gives_its_code(start, small, dashboard, tmp_path):
+    run = tmp_path / "run"
+    submitted = start(MODULE, [*small(run, total=64000), "--no-wait", "--address", dashboard])
+    assert submitted.wait() == 0, submitted.text
+    job = submitted.text.strip()
+    assert re.fullmatch(r"raysubmit_\w+", job)
+    following = start(MODULE, ["logs", job, "--address", dashboard])
+    following.until(lambda: newest_images(run) >= EVERY_IMAGES, "checkpoint")
+    stop = start(MODULE, ["stop", job, "--address", dashboard])
+    assert stop.wait() == 75, stop.text
+    assert following.wait() == 75, following.text
+    assert "is saved; run the same command to go on" in following.text
+    assert 0 < newest_images(run) < 64000
+    # What only a worker can find wrong: the job's own code and its one sentence.
+    process = start(MODULE, [*small(run), "data.url=/no/where", "--address", dashboard])
+    assert process.wait() == 1, process.text
+    assert (
+        "launch.train: error: there is no packed image set at /no/where" in process.text
+        and "FAILED (exit code 1)" in process.text
+    )
+    process = start(MODULE, [*small(run), "--workers", "8", "--wait", "1", "--address", dashboard])
+    assert process.wait() == 1 and "the cluster has room for 2" in process.text, process.text
+
+
+def test_impossible_request_says_what_it_waits_for(start, small, dashboard, tmp_path):
+    process = start(
+        MODULE, [*small(tmp_path / "run"), "--driver-gpus", "1", "--pending-limit", "6", "--address", dashboard]
+    )
+    sentence = refused(process, MODULE)
+    assert "did not start within 6 seconds" in sentence and "GPU" in sentence, sentence
+
+
+def test_wrong_token(start, small, dashboard, tmp_path):
+    process = start(MODULE, [*small(tmp_path / "run"), "--address", dashboard], RAY_AUTH_TOKEN="f" * 32)
+    sentence = refused(process, MODULE)
+    assert "refuses this token" in sentence and "f" * 32 not in process.text
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["configs/digits.yaml"], ["run.directory", "runs/digits", "absolute path"]),
+        (["configs/digits.yaml", "run.directory=/tmp/x", "data.url=data/set"], ["data.url", "data/set"]),
+        (
+            ["configs/digits.yaml", "run.directory=/tmp/x", "schedule.batchsize=2"],
+            ["schedule.batchsize", "unknown setting"],
+        ),
+        (["configs/digits.yaml", "run.directory=/tmp/x", "--workers", "3"], ["do not divide over 3"]),
+        (
+            ["configs/digits.yaml", "run.directory=/tmp/x", "run.storage_options={key: hidden}"],
+            ["run.storage_options", "--env"],
+        ),
+        (["/etc/hostname", "run.directory=/tmp/x"], ["/etc/hostname"]),
+        (
+            ["configs/digits.yaml", "run.directory=/tmp/x", "--address", "http://127.0.0.1:9"],
+            ["no Ray cluster answers"],
+        ),
+        (["configs/digits.yaml", "run.directory=/tmp/x", "--address", "127.0.0.1:8265"], ["is not a URL"]),
+        (["status", "raysubmit_nothing"], ["knows no such job"]),
+        (["status"], ["needs the id of one job"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_submitted(start, dashboard, arguments, words):
+    if "--address" not in arguments:
+        arguments = [*arguments, "--address", dashboard]
+    process = start(MODULE, arguments)
+    sentence = refused(process, MODULE)
+    assert all(word in sentence for word in words) and "hidden" not in process.text, sentence
+    assert "raysubmit_" not in process.text.replace("raysubmit_nothing", "")
+
+
+def test_what_is_shipped(tmp_path):
+    """By Ray's own packing of a copy of this checkout: code and configs, nothing that is big or secret."""
+    import shutil
+    import zipfile
+
+    from ray._private.runtime_env.packaging import create_package
+
+    from launch.shipping import EXCLUDES
+
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    copy = tmp_path / "checkout"
+    for file in files:
+        if (ROOT / file).exists():
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, copy / file)
+    unwanted = [
+        ".git/config", ".venv/bin/python", "runs/a/checkpoints/1/weights.safetensors", "data/set/index.json", "data/set/shard-0.tar", ".env",
+        "sweeps/b/table.md", "key.pem", ".aws/credentials", "configs/my_secret.yaml", "model.pth", "sivae/__pycache__/x.pyc", ".netrc",
+    ]  # fmt: skip
+    for file in unwanted:
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        (copy / file).write_text("x")
+    package = tmp_path / "package.zip"
+    create_package(str(copy), package, include_gitignore=True, excludes=EXCLUDES)
+    shipped = {
+        name.split("/", 1)[-1] if name.startswith("checkout/") else name for name in zipfile.ZipFile(package).namelist()
+    }
+    assert not [file for file in unwanted if any(fnmatch.fnmatch(name, f"*{file}") for name in shipped)]
+    wanted = [file for file in files if file.startswith(("sivae/", "launch/", "configs/")) and (ROOT / file).exists()]
+    assert {"sivae/data/reader.py", "launch/train.py"} <= set(wanted) and set(wanted) <= shipped
+    assert package.stat().st_size < 2**20

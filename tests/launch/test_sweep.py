@@ -1,0 +1,229 @@
+"""`python -m launch.sweep` on a real Ray: bad trials stop early, good weights are copied, an interrupted sweep goes on.
+
+pytest tests/launch/test_sweep.py
+"""
+
+import hashlib
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from launch import sweep_spec
+from launch.sweep_report import read_trials
+from sivae import config
+from sivae.config import ConfigError
+from sivae.storage import Folder
+from tests.launch.conftest import assert_equal, refused, tensors
+from tests.processes import ROOT, run_sivae
+
+MODULE = "launch.sweep"
+
+
+@pytest.fixture
+def spec_file(cache_dir, tmp_path):
+    """Write a sweep over small runs on digits, reports every 160 images; returns its path."""
+
+    def write(space: dict, *overrides: str, total: int = 640, **settings) -> str:
+        tree = {
+            "config": str(ROOT / "configs" / "digits.yaml"),
+            "overrides": [
+                f"schedule.total_images={total}", f"tracking.picture_images={total}", "model.channels=[8,16]", "model.latent_dim=4",
+                "data.num_workers=0", f"data.cache_dir={cache_dir}", *overrides,
+            ],
+            "directory": str(tmp_path / "sweep"), "metric": "frechet_pixels", "report_images": 160, "judge_images": 200, "space": space,
+        } | settings  # fmt: skip
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return str(path)
+
+    return write
+
+
+def trials(tmp_path) -> list:
+    return read_trials(Folder(str(tmp_path / "sweep")))
+
+
+def test_asha_stops_bad_trials_and_the_best_trains(start, spec_file, tmp_path, nothing_left):
+    """Two learning rates that learn and two that do not, walked as a grid."""
+    rates = [1e-3, 8e-4, 1e-9, 1e-8]
+    path = spec_file({"encoder_optimizer.lr,decoder_optimizer.lr": {"grid": rates}}, search="grid", scheduler="asha",
+                     asha={"grace_rounds": 1, "reduction_factor": 2.0})  # fmt: skip
+    process = start(MODULE, [path])
+    assert process.wait(300) == 0, process.text
+    found = {trial.values["encoder_optimizer.lr,decoder_optimizer.lr"]: trial for trial in trials(tmp_path)}
+    assert set(found) == set(rates)
+    assert found[1e-3].images_seen == 640, "a good trial runs to its end"
+    assert all(found[rate].images_seen < 640 for rate in (1e-9, 1e-8)), "bad trials do not"
+    assert max(found[rate].last("frechet_pixels") for rate in (1e-3, 8e-4)) < min(found[rate].last("frechet_pixels") for rate in (1e-9, 1e-8))  # fmt: skip
+    sweep = tmp_path / "sweep"
+    best = config.load(str(sweep / "best.yaml"))
+    assert best.encoder_optimizer.lr == best.decoder_optimizer.lr in (1e-3, 8e-4)
+    assert best.run.checkpoint_images == config.load("configs/digits.yaml").run.checkpoint_images, (
+        "of a run, not of a trial"
+    )
+    done = run_sivae(
+        ["train", str(sweep / "best.yaml"), f"run.directory={tmp_path / 'run'}", "schedule.total_images=96"]
+    )
+    assert done.returncode == 0, done.stderr
+    assert (sweep / "table.md").read_text().count("\n| ") == 5 and "stopped early" in process.text
+    for name in ("metric.png", "parallel.png"):
+        picture = np.asarray(Image.open(sweep / name).convert("L"))
+        assert picture.shape[0] > 400 and picture.std() > 5, f"{name} is empty"
+    check_hparams(sweep / "tensorboard", trials=4)
+
+
+def check_hparams(folder, trials: int) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    logs = list(folder.iterdir())
+    assert len(logs) == trials
+    for log in logs:
+        events = EventAccumulator(str(log))
+        events.Reload()
+        assert events.Scalars("frechet_pixels")
+        content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        data = plugin_data_pb2.HParamsPluginData.FromString(content)
+        assert "encoder_optimizer.lr,decoder_optimizer.lr" in data.session_start_info.hparams
+
+
+def test_pbt_goes_on_from_the_better_trials_state(start, spec_file, tmp_path, nothing_left):
+    """The worse of two takes the better one's weights and optimizer states (by hash), and trains on from exactly those."""
+    path = spec_file({"encoder_optimizer.lr,decoder_optimizer.lr": {"loguniform": [1e-4, 2e-3]}}, "run.keep_checkpoints=9", search="pbt",
+                     trials=2, pbt={"every_rounds": 2, "quantile": 0.5})  # fmt: skip
+    process = start(MODULE, [path])
+    assert process.wait(300) == 0, process.text
+    heirs = [trial for trial in trials(tmp_path) if trial.lineage]
+    assert len(heirs) == 1 and len(heirs[0].lineage) == 1, "one exchange, none after the end"
+    heir, step = heirs[0], heirs[0].lineage[0]
+    donor = next(trial for trial in trials(tmp_path) if trial.name == step["trial"] != heir.name)
+    at_exchange = {trial.name: trial.history[1]["metrics"]["frechet_pixels"] for trial in (heir, donor)}
+    assert at_exchange[donor.name] < at_exchange[heir.name] and step["checkpoint"] == "000000000320"
+    own, other = (tmp_path / "sweep" / "trials" / trial.name / "checkpoints" for trial in (heir, donor))
+    for file in ("weights", "optimizer", "average"):
+        here, there = (hashlib.sha256((folder / name / f"{file}.safetensors").read_bytes()).hexdigest()
+                       for folder, name in ((own, step["name"]), (other, step["checkpoint"])))  # fmt: skip
+        assert here == there, file
+    # The same by hand: the donor's checkpoint, the heir's settings.
+    assert step["values"] == heir.values != donor.values
+    spec = sweep_spec.load(path)
+    byhand = tmp_path / "byhand"
+    (byhand / "checkpoints").mkdir(parents=True)
+    (other / step["checkpoint"]).rename(byhand / "checkpoints" / step["checkpoint"])
+    settings = spec.settings(heir.values, str(byhand))
+    (tmp_path / "byhand.yaml").write_text(config.dump_yaml(settings))
+    done = run_sivae(["train", str(tmp_path / "byhand.yaml")])
+    assert done.returncode == 0 and "resuming at 320 images" in done.stderr, done.stderr
+    assert_equal(tensors(own.parent, 640), tensors(byhand, 640))
+    assert (tmp_path / "sweep" / "settings.png").exists()
+
+
+def test_interrupted_twice_it_goes_on_with_the_same_trials(start, spec_file, tmp_path, nothing_left):
+    """SIGINT in mid-trial, SIGKILL in mid-trial, then to the end: the trials are those of the spec, their weights those of runs
+    that nobody disturbed."""
+    path = spec_file({"objective.beta_kl": {"loguniform": [0.1, 1.0]}}, search="random", trials=2, total=1600, seed=5)
+    expected = [values["objective.beta_kl"] for values in sweep_spec.load(path).draw()]
+    process = start(MODULE, [path])
+    process.until(lambda: " at 480 images" in process.text, "480 images", timeout=240)
+    process.popen.send_signal(signal.SIGINT)
+    assert process.wait() == 75, process.text
+    assert "run the same command to go on" in process.text and "Traceback" not in process.text
+    names = {trial.name for trial in trials(tmp_path)}
+    process = start(MODULE, [path])
+    process.until(lambda: process.text.count(" images: frechet_pixels") >= 3, "three reports", timeout=240)
+    assert "going on with the sweep" in process.text
+    process.popen.kill()
+    process.popen.wait()
+    time.sleep(2)
+    process = start(MODULE, [path])
+    assert process.wait(300) == 0, process.text
+    found = trials(tmp_path)
+    assert names <= {trial.name for trial in found} and len(found) == 2
+    assert sorted(trial.values["objective.beta_kl"] for trial in found) == sorted(expected)
+    assert all([entry["rounds"] for entry in trial.history] == list(range(1, 11)) for trial in found)
+    disturbed = next(trial for trial in found if trial.name in names)
+    done = run_sivae(["train", *_by_hand(path, disturbed.values, tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert_equal(tensors(tmp_path / "sweep" / "trials" / disturbed.name, 1600), tensors(tmp_path / "alone", 1600))
+    # Another spec in the same directory is refused, the same one has nothing left to do.
+    other = json.loads(json.dumps(yaml.safe_load(open(path)))) | {"seed": 6}
+    open(path, "w").write(yaml.safe_dump(other))
+    assert "holds another sweep (seed differ)" in refused(start(MODULE, [path]), MODULE)
+
+
+def _by_hand(path: str, values: dict, tmp_path) -> list[str]:
+    settings = sweep_spec.load(path).settings(values, str(tmp_path / "alone"))
+    (tmp_path / "alone.yaml").write_text(config.dump_yaml(settings))
+    return [str(tmp_path / "alone.yaml")]
+
+
+def test_optuna_on_a_metric_of_the_trainer(start, spec_file, tmp_path, nothing_left):
+    space = {"objective.beta_kl": {"loguniform": [0.1, 1.0]}, "model.norm": {"choice": ["group", "layer"]}}
+    path = spec_file(space, search="optuna", metric="terms/rec", trials=2, total=160)
+    process = start(MODULE, [path])
+    assert process.wait(240) == 0, process.text
+    found = trials(tmp_path)
+    assert len(found) == 2 and all(0.1 <= trial.values["objective.beta_kl"] <= 1.0 for trial in found)
+    assert config.load(str(tmp_path / "sweep" / "best.yaml")).model.norm in ("group", "layer")
+
+
+def test_metric_that_never_comes(start, spec_file, nothing_left):
+    path = spec_file(
+        {"objective.beta_kl": {"choice": [0.5, 0.6]}}, metric="terms/fid", metric_patience=2, trials=2, total=64000
+    )
+    sentence = refused(start(MODULE, [path]), MODULE)
+    assert "terms/fid was never reported in 2 reports" in sentence and "terms/rec" in sentence
+
+
+@pytest.mark.parametrize(
+    "space, settings, words",
+    [
+        ({"objective.beta_kk": {"choice": [1.0]}}, {}, ["objective.beta_kk", "unknown setting", "beta_kl"]),
+        ({"objective.beta_kl": {"loguniform": [0.0, 1.0]}}, {}, ["space.objective.beta_kl.loguniform", "above 0"]),
+        ({"objective.beta_kl": {"uniform": [2.0, 1.0]}}, {}, ["space.objective.beta_kl.uniform", "rise"]),
+        ({"objective.beta_kl": {"normal": [0.0, 1.0]}}, {}, ["space.objective.beta_kl", "choice, uniform, loguniform, grid"]),
+        ({"objective.beta_kl": {"uniform": [-1.0, 1.0]}}, {}, ["objective.beta_kl", "greater than or equal to 0"]),
+        ({"schedule.batch_size": {"choice": [16, 15]}}, {"workers": 2}, ["15 images do not divide over 2 ranks"]),
+        ({"objective.beta_kl": {"choice": [1.0]}}, {"search": "pbt", "trials": 1}, ["trials", "nobody to learn from"]),
+        ({"objective.beta_kl": {"choice": [1.0]}}, {"trails": 4}, ["trails", "unknown in a sweep"]),
+        ({"objective.beta_kl": {"choice": [1.0]}}, {"mode": "least"}, ["mode", "'min' or 'max'"]),
+        ({"objective.beta_kl": {"choice": [1.0]}}, {"directory": "/proc/nothing"}, ["/proc/nothing", "cannot write"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_before_anything_starts(start, spec_file, nothing_left, space, settings, words):
+    sentence = refused(start(MODULE, [spec_file(space, **settings)]), MODULE)
+    assert all(word in sentence for word in words), sentence
+
+
+def test_more_workers_than_there_is_room_for(start, spec_file, nothing_left):
+    path = spec_file({"objective.beta_kl": {"choice": [1.0]}}, workers=16)
+    sentence = refused(start(MODULE, [path]), MODULE)
+    assert "a trial needs 16 with 1 CPU each, but the cluster has room for" in sentence
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_sweeps_are_valid(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    spec = sweep_spec.load(str(path))
+    drawn = spec.draw()
+    assert len(drawn) == spec.trials and drawn == spec.draw(), "the trials are a function of the file"
+    for values in drawn:
+        spec.settings(values)
+    with pytest.raises(ConfigError, match="unknown"):
+        sweep_spec.load(str(path), ["colour=red"])
+
+
+def test_values_stay_inside_their_space(spec_file):
+    from launch.sweep import within
+
+    spec = sweep_spec.load(
+        spec_file({"objective.beta_kl": {"loguniform": [0.1, 1.0]}, "model.norm": {"choice": ["group", "layer"]}})
+    )
+    assert all(0.1 <= values["objective.beta_kl"] <= 1.0 for values in spec.draw())
+    clipped = within(spec)({"point": {"objective.beta_kl": 1.2, "model.norm": "layer"}})
+    assert clipped == {"point": {"objective.beta_kl": 1.0, "model.norm": "layer"}}
