@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sivae.distributed import Group
 from sivae.engines import Engine, freeze
+from sivae.models.style import average_styles
 from sivae.objectives import Draws, Vae
 
 
@@ -94,25 +95,27 @@ def train_step(
 
     freeze(trained=encoder.network, frozen=decoder.network)
     latents = []
-    for index, item in enumerate(passes):
-        phase = encoder.phase(
-            lambda: objective.encoder_phase(
-                encoder.network, decoder.network, item.x, item.draws, item.labels, target_decoder
+    with average_styles(decoder.network, len(passes), gate.group.mean):
+        for index, item in enumerate(passes):
+            phase = encoder.phase(
+                lambda: objective.encoder_phase(
+                    encoder.network, decoder.network, item.x, item.draws, item.labels, target_decoder
+                )
             )
-        )
-        note(phase.terms)
-        latents.append(phase.z)
-        _step(encoder, lr_encoder, gate, "grad_norm_encoder", images_seen, last=index == len(passes) - 1)
+            note(phase.terms)
+            latents.append(phase.z)
+            _step(encoder, lr_encoder, gate, "grad_norm_encoder", images_seen, last=index == len(passes) - 1)
 
     freeze(trained=decoder.network, frozen=encoder.network)
-    for index, (item, z) in enumerate(zip(passes, latents)):
-        phase = decoder.phase(
-            lambda: objective.decoder_phase(
-                encoder.network, decoder.network, item.x, z, item.draws, item.labels, target_decoder
+    with average_styles(decoder.network, len(passes), gate.group.mean):
+        for index, (item, z) in enumerate(zip(passes, latents)):
+            phase = decoder.phase(
+                lambda: objective.decoder_phase(
+                    encoder.network, decoder.network, item.x, z, item.draws, item.labels, target_decoder
+                )
             )
-        )
-        note(phase.terms)
-        _step(decoder, lr_decoder, gate, "grad_norm_decoder", images_seen, last=index == len(passes) - 1)
+            note(phase.terms)
+            _step(decoder, lr_decoder, gate, "grad_norm_decoder", images_seen, last=index == len(passes) - 1)
 
     encoder.update_average(ema_decay)
     decoder.update_average(ema_decay)
