@@ -2,7 +2,8 @@
 
 Sources of the layout: the Soft-IntroVAE repository's style models, after ALAE: entries `discriminator` (the encoder),
 `generator` (the decoder), `mapping_tl`, `mapping_fl` and `dlatent_avg` of state dicts; averaged weights in entries `..._s`.
-Left out on purpose: the blur kernels, which are constants.
+The published code never averages `dlatent_avg`, so there is one. Left out on purpose: the blur kernels, which are constants.
+ALAE's own files have the same layout, but only those whose encoder gives mu and logvar are the same networks.
 """
 
 from __future__ import annotations
@@ -45,10 +46,13 @@ def convert(entries: dict[str, dict[str, Tensor]]) -> tuple[dict[str, Any], dict
 
     Averaged entries are preferred. Raises KeyError or ValueError when the entries are not those of a style model.
     """
-    missing = [entry for entry in ENTRIES if entry not in entries]
-    if missing:
-        raise KeyError(f"entry {missing[0]} is missing")
-    chosen = {entry: entries.get(f"{entry}_s") or entries[entry] for entry in ENTRIES}
+    # A worker that was not the first saved None for the averages, which it does not keep.
+    chosen = {entry: entries.get(f"{entry}_s") or entries.get(entry) for entry in ENTRIES}
+    for entry, state in chosen.items():
+        if not state:
+            raise KeyError(f"entry {entry} is missing")
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError(f"entry {entry} is no state dict")
     settings = _size_up(chosen)
     networks = {
         name: rename({entry: chosen[entry] for entry in ENTRIES if _NETWORKS[entry] == name})
@@ -61,7 +65,10 @@ def convert(entries: dict[str, dict[str, Tensor]]) -> tuple[dict[str, Any], dict
         found = {key: tuple(value.shape) for key, value in networks[name].items()}
         wrong = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
         if wrong:
-            raise ValueError(f"{name}.{wrong[0]} is {found.get(wrong[0])}, not {expected.get(wrong[0])}")
+            key = wrong[0]
+            raise ValueError(
+                f"{name}.{key} has shape {found.get(key)} where the other shapes ask for {expected.get(key)}"
+            )
         for key, factor in factors(network).items():
             networks[name][key] = networks[name][key] / factor
     return settings, networks
@@ -74,6 +81,7 @@ def rename(entries: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         for name, value in state.items():
             if name.endswith(".blur.weight"):
                 continue
+            name = re.sub(r"^block_(\d+)\.", lambda match: f"map_blocks.{int(match[1]) - 1}.", name)  # ALAE's mappings
             for pattern, ours in _NAMES[entry]:
                 if re.fullmatch(pattern, name):
                     renamed[re.sub(pattern, ours, name)] = _reshape(entry, name, value)
@@ -107,10 +115,14 @@ def _size_up(entries: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     num_levels = sum(bool(re.fullmatch(r"to_rgb\.\d+\.to_rgb\.weight", name)) for name in decoder)
     if not 1 <= num_levels <= 9:
         raise ValueError(f"the generator has {num_levels} levels of detail")
+    latent_dim = entries["dlatent_avg"]["buff"].shape[1]
+    given = list(entries["mapping_tl"].values())[-1].shape[0]
+    if given != 2 * latent_dim:
+        raise ValueError(f"its encoder gives {given} values, not mu and logvar of {latent_dim} each")
     first = encoder["from_rgb.0.from_rgb.weight"]
     widths = [first.shape[0], *(encoder[f"encode_block.{i}.bias_2"].shape[1] for i in range(num_levels))]
     return {
         "family": "style", "num_channels": first.shape[1], "resolution": 2 << num_levels, "base_channels": widths[0],
-        "max_channels": max(widths), "latent_dim": entries["dlatent_avg"]["buff"].shape[1],
+        "max_channels": max(widths), "latent_dim": latent_dim,
         "num_mapping_layers": len(entries["mapping_fl"]) // 2, "num_mapping_layers_to_latent": len(entries["mapping_tl"]) // 2,
     }  # fmt: skip
