@@ -199,6 +199,11 @@ class StyleModel(Section):
         """Values in one sample; the paper's s is one over it."""
         return self.num_channels * self.resolution**2
 
+    @property
+    def num_layers(self) -> int:
+        """Layers that take a style, two for each level of detail."""
+        return 2 * (self.resolution.bit_length() - 2)
+
     @model_validator(mode="after")
     def _check(self):
         if self.resolution & (self.resolution - 1):
@@ -220,6 +225,10 @@ class _Objective(Section):
     beta_kl: float = Field(1.0, ge=0)
     """Weight of the KL divergence of real images (and of generated ones in the decoder's loss)."""
 
+    def loss_fields(self) -> dict[str, Any]:
+        """What `objectives.build` takes: all but what says when and from which draws the loss is computed."""
+        return self.model_dump(exclude={"vae_images", "target_refresh_images", "style_mixing"})
+
 
 class VaeObjective(_Objective):
     name: Literal["vae"] = "vae"
@@ -228,6 +237,9 @@ class VaeObjective(_Objective):
 class _Introspective(_Objective):
     vae_images: int = Field(0, ge=0)
     """Train as a plain VAE for the first so many images."""
+    style_mixing: float = Field(0.0, ge=0, le=1)
+    """Style family: probability that an image from the prior follows one latent in its first layers and another in the
+    others; published 0.9."""
 
 
 class IntroVaeObjective(_Introspective):
@@ -383,6 +395,10 @@ class Config(Section):
             )
         if self.objective.reconstruction == "bce" and self.model.output != "sigmoid":
             raise ValueError("objective.reconstruction: bce needs values in [0, 1]; set model.output=sigmoid")
+        if getattr(self.objective, "style_mixing", 0) and self.model.family != "style":
+            raise ValueError(
+                f"objective.style_mixing: only the style family has layers of styles, not {self.model.family}; remove it"
+            )
         for name in ("encoder_optimizer", "decoder_optimizer"):
             if self.engine.offload_optimizer and getattr(self, name).eps_hat:
                 raise ValueError(

@@ -36,8 +36,7 @@ class TrainingState:
             Engine(network, group, **optimizer.model_dump(exclude={"schedule"}), **engine)
             for network, optimizer in ((encoder, settings.encoder_optimizer), (decoder, settings.decoder_optimizer))
         )
-        fields = settings.objective.model_dump(exclude={"vae_images", "target_refresh_images"})
-        self.objective = objectives.build(num_values=settings.model.num_values, **fields)
+        self.objective = objectives.build(num_values=settings.model.num_values, **settings.objective.loss_fields())
         self.vae = objectives.Vae(
             settings.objective.beta_rec, settings.objective.beta_kl, settings.objective.reconstruction
         )

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -197,6 +198,8 @@ class Trainer:
             )
         }
         warm_up = start < getattr(settings.objective, "vae_images", 0)
+        if settings.model.family == "style":
+            randomness.seed_noise(settings.run.seed, start, self.group.rank, self.attempt)
         terms = train_step(
             state.encoder, state.decoder, state.target, state.vae if warm_up else state.objective, self._passes(batch), state.gate,
             start, **self.rates, ema_decay=schedule.ema_decay(end, self.batch_size, ema.halflife_images, ema.rampup_ratio),
@@ -221,10 +224,14 @@ class Trainer:
         labels = batch.labels.to(device, non_blocking=True) if model.num_classes else None
         size = len(numbers) // self.accumulation
         parts = [slice(first, first + size) for first in range(0, len(numbers), size)]
+        draw = randomness.step_draws
+        if model.family == "style":
+            mixing = getattr(self.settings.objective, "style_mixing", 0.0)
+            draw = partial(randomness.style_draws, mixing=mixing, num_layers=model.num_layers)
         return [
             Pass(
                 x[part], None if labels is None else labels[part],
-                randomness.step_draws(self.settings.run.seed, numbers[part], model.latent_dim, device, self.attempt),
+                draw(self.settings.run.seed, numbers[part], model.latent_dim, device, self.attempt),
             )
             for part in parts
         ]  # fmt: skip

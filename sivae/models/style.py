@@ -7,7 +7,8 @@ that style to mu and logvar. The decoder maps z to a style, which sets the scale
 
 Differs on purpose: weights are stored divided by their learning-rate factor, which the layer's forward multiplies in (see
 `scaled`), because ZeRO flattens parameters and loses attributes. All layers have one average style, since they share one
-mapping. A channel that is constant over its pixels has no gradient through its standard deviation, instead of NaN.
+mapping. The learned constant starts from normal draws, as in StyleGAN2, not from ones: of what is the same at each pixel
+instance norm leaves rounding, 10,000-fold, and two runs on other numbers of GPUs would part at once. A channel that is constant over its pixels has no gradient through its standard deviation, instead of NaN.
 Parameters map one to one to the published ones (see `models.published_style`).
 """
 
@@ -274,7 +275,7 @@ class StyleDecoder(nn.Module):
         self.noise, self.average_style_decay = noise, average_style_decay
         channels = widths(resolution, base_channels, max_channels)[-2::-1]
         self.mapping = Mapping(latent_dim + num_classes, latent_dim, latent_dim, num_mapping_layers, normalize=True)
-        self.constant = nn.Parameter(torch.ones(channels[0], 4, 4))
+        self.constant = nn.Parameter(torch.randn(channels[0], 4, 4))
         self.blocks = nn.ModuleList(
             DecoderBlock(a, b, latent_dim, level, fused=4 << level >= FUSED_SCALE_PIXELS)
             for level, (a, b) in enumerate(zip([channels[0], *channels], channels))

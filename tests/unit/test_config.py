@@ -40,8 +40,7 @@ def test_every_config_builds(path):
     settings = config.load(str(path))
     encoder, decoder = models.build(seed=settings.run.seed, **settings.model.model_dump())
     assert sum(p.numel() for p in encoder.parameters()) and sum(p.numel() for p in decoder.parameters())
-    fields = settings.objective.model_dump(exclude={"vae_images", "target_refresh_images"})
-    objective = objectives.build(num_values=settings.model.num_values, **fields)
+    objective = objectives.build(num_values=settings.model.num_values, **settings.objective.loss_fields())
     assert isinstance(objective, objectives.OBJECTIVES[settings.objective.name])
     assert settings.accumulation(1) >= 1
 
@@ -49,8 +48,7 @@ def test_every_config_builds(path):
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_every_objective_builds_from_its_settings(base, name):
     settings = config.load(base, ["objective={}", f"objective.name={name}"])
-    fields = settings.objective.model_dump(exclude={"vae_images", "target_refresh_images"})
-    objective = objectives.build(num_values=settings.model.num_values, **fields)
+    objective = objectives.build(num_values=settings.model.num_values, **settings.objective.loss_fields())
     assert type(objective) is objectives.OBJECTIVES[name]
     if hasattr(objective, "scale"):
         assert objective.scale == 1 / 256  # the paper's s: one over the 1 x 16 x 16 values
@@ -86,6 +84,11 @@ WRONG = [
     (["model.channels=[8,8,8,8]"], "model.channels: ", "4 levels divide the resolution by 16", "2 or fewer levels"),
     (["model.channels=[8,12]"], "model.group_size: ", "8 does not divide every width of channels [8, 12]"),
     (["objective.reconstruction=bce"], "objective.reconstruction: ", "set model.output=sigmoid"),
+    (["objective.style_mixing=0.9"], "objective.style_mixing: ", "only the style family has layers of styles, not conv"),
+    (
+        ["engine={zero_stage: 1, offload_optimizer: true}", "decoder_optimizer.eps_hat=true"],
+        "decoder_optimizer.eps_hat: ", "engine.offload_optimizer",
+    ),
     (["engine.offload_optimizer=true"], "engine.offload_optimizer: ", "needs zero_stage 1, 2 or 3"),
     (["objective={name: bootstrap, gamma_r: 0.0}"], "objective.gamma_r: ", "greater than 0"),
     (["schedule.batch_size=2000"], "schedule.batch_size: ", "2000 is more than schedule.total_images=1000"),
@@ -119,6 +122,14 @@ def test_a_wrong_setting_is_named_with_what_would_be_right(base, case):
     assert message.startswith(start)
     assert all(part in message for part in parts), message
     assert "\n" not in message
+
+
+def test_a_style_model_has_no_values_for_bce():
+    tree = yaml.safe_load(BASE) | {"model": {"family": "style", "resolution": 16, "num_channels": 1}}
+    assert config.parse(tree).model.num_layers == 6
+    tree["objective"] = {"name": "vae", "reconstruction": "bce"}
+    with pytest.raises(ConfigError, match=r"^objective\.reconstruction: .* in \[-1, 1\]; set mse"):
+        config.parse(tree)
 
 
 @pytest.mark.parametrize("shape, part", [([1, 16, 8], "square"), ([2], "is no image"), ([0], "below 1")])
