@@ -162,6 +162,8 @@ def test_the_style_family_draws_afresh_in_the_decoder_phase():
 
 def test_mixing_is_drawn_for_each_image_and_phase():
     draws = style()
+    plain = normal(5, 0, range(400), 10 * 4).unflatten(1, (10, 4))  # eight draws, and the two to mix in
+    assert torch.equal(draws.z_prior[:, 0], plain[:, 0])
     for z in (draws.z_prior, draws.z_prior_d):
         assert z.shape == (400, 6, 4)
         keeps = (z == z[:, :1]).all(2)  # layers that follow the first latent
