@@ -217,6 +217,9 @@ class StyleModel(Section):
 ModelSettings = Annotated[Union[MlpModel, ConvModel, StyleModel], Field(discriminator="family")]
 
 
+_NOT_OF_THE_LOSS = ("vae_images", "target_refresh_images", "style_mixing", "augment", "augment_probability")
+
+
 class _Objective(Section):
     reconstruction: Literal["mse", "l1", "bce"] = "mse"
     """Reconstruction error of an image, summed over its pixels and channels."""
@@ -224,10 +227,15 @@ class _Objective(Section):
     """Weight of the reconstruction error."""
     beta_kl: float = Field(1.0, ge=0)
     """Weight of the KL divergence of real images (and of generated ones in the decoder's loss)."""
+    augment: list[Literal["color", "translation", "cutout"]] = []
+    """Change what the encoder sees, real and generated images alike, in ways that gradient passes through. Against too few
+    images: `[translation, cutout]` is reported to bring the Frechet distance on CIFAR-10 from 4.30 to 2.96."""
+    augment_probability: float = Field(0.5, gt=0, le=1)
+    """Probability of each kind of `augment`, for each image and each pass of the encoder."""
 
     def loss_fields(self) -> dict[str, Any]:
         """What `objectives.build` takes: all but what says when and from which draws the loss is computed."""
-        return self.model_dump(exclude={"vae_images", "target_refresh_images", "style_mixing"})
+        return self.model_dump(exclude={*_NOT_OF_THE_LOSS})
 
 
 class VaeObjective(_Objective):

@@ -25,7 +25,7 @@ class Draws:
 
     `z_prior` may also be [B, layers, latent_dim], where the decoder mixes styles. With `z_prior_d` and `eps_real_d`
     Soft-IntroVAE's decoder phase has a prior draw and a z of the real images of its own, as published for the style family;
-    without them it goes on with those of the encoder phase, as published for the others.
+    without them it goes on with those of the encoder phase, as published for the others. `augment`: see `sivae.augment`.
     """
 
     z_prior: Tensor
@@ -36,6 +36,7 @@ class Draws:
     eps_fake_d: Tensor
     z_prior_d: Tensor | None = None
     eps_real_d: Tensor | None = None
+    augment: Tensor | None = None
 
     @staticmethod
     def names() -> tuple[str, ...]:

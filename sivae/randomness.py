@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sivae.augment import NUM_CALLS, NUM_UNIFORMS
 from sivae.objectives import Draws
 
 _WORDS = 4  # 64-bit words in one Philox block
 _PICTURES = 2**32  # the purpose of latents outside training; attempts count from 0
-_MIXING, _NOISE = 2**33, 2**34  # purposes beside an attempt's normals; the attempt is added
+_MIXING, _NOISE, _AUGMENT = 2**33, 2**34, 2**35  # purposes beside an attempt's normals; the attempt is added
 
 
 def normal(seed: int, purpose: int, numbers: range, dim: int) -> Tensor:
@@ -55,6 +56,14 @@ def style_draws(
         other = draws.unflatten(1, (count, latent_dim))[:, len(names) + index]
         named[name] = torch.where(keeps, named[name][:, None], other[:, None])
     return Draws(**named)
+
+
+def augment_draws(seed: int, numbers: range, device: torch.device, attempt: int = 0) -> Tensor:
+    """Uniforms in [0, 1) [B, NUM_CALLS, NUM_UNIFORMS] for what `augment` does to these images in one step."""
+    uniform = _uniform(seed, _AUGMENT + attempt, numbers, NUM_CALLS * NUM_UNIFORMS).astype(np.float32)
+    # float32 rounds what is nearly 1 up to it.
+    uniform = torch.from_numpy(uniform).clamp(max=1 - 2**-24)
+    return uniform.unflatten(1, (NUM_CALLS, NUM_UNIFORMS)).to(device, non_blocking=True)
 
 
 def seed_noise(seed: int, images_seen: int, rank: int, attempt: int = 0) -> None:

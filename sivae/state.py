@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sivae import inference, models, objectives
+from sivae.augment import Augmented
 from sivae.config import Config
 from sivae.distributed import Group
 from sivae.engines import Engine
@@ -40,6 +41,12 @@ class TrainingState:
         self.vae = objectives.Vae(
             settings.objective.beta_rec, settings.objective.beta_kl, settings.objective.reconstruction
         )
+        if settings.objective.augment:
+            low, high = models.VALUE_RANGES[settings.model.family]
+            kinds, probability = tuple(settings.objective.augment), settings.objective.augment_probability
+            self.objective, self.vae = (
+                Augmented(objective, kinds, probability, high - low) for objective in (self.objective, self.vae)
+            )
 
     def tensors(self) -> Tensors:
         """Whole CPU tensors by file and name, as a checkpoint keeps them; for rank 0 alone."""

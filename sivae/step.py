@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sivae.augment import Augmented
 from sivae.distributed import Group
 from sivae.engines import Engine, freeze
 from sivae.models.style import average_styles
@@ -82,7 +83,7 @@ class Pass:
 
 
 def train_step(
-    encoder: Engine, decoder: Engine, target_decoder: nn.Module | None, objective: Vae, passes: list[Pass], gate: FiniteGate,
+    encoder: Engine, decoder: Engine, target_decoder: nn.Module | None, objective: Vae | Augmented, passes: list[Pass], gate: FiniteGate,
     images_seen: int, lr_encoder: float, lr_decoder: float, ema_decay: float,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Train both networks on one global batch. Returns this rank's terms, averaged over the passes, on the device."""

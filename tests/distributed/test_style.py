@@ -1,5 +1,5 @@
 """A style model trains through the trainer like any other: killed it ends with the same bits, on 1 and 2 ranks, with per-pixel
-noise and style mixing; without the noise, which belongs to a rank, the number of ranks and passes changes only rounding.
+noise, style mixing and augmentation; without the noise, which belongs to a rank, the number of ranks and passes changes only rounding.
 
 pytest tests/distributed/test_style.py
 """
@@ -30,7 +30,7 @@ def arguments(cache_dir, tmp_path_factory):
             "family": "style", "num_channels": 1, "resolution": 16, "base_channels": 4, "max_channels": 8, "latent_dim": 8,
             "num_mapping_layers": 2,
         },
-        "objective": {"name": "soft_intro_vae", "style_mixing": 0.9, "gamma_r": 1e-8},
+        "objective": {"name": "soft_intro_vae", "style_mixing": 0.9, "gamma_r": 1e-8, "augment": ["translation", "cutout"]},
         "encoder_optimizer": adam, "decoder_optimizer": adam,
         "schedule": {"total_images": TOTAL_IMAGES, "batch_size": 8},
         "tracking": {"log_images": EVERY_IMAGES, "tensorboard": False, "progress": False, "picture_count": 4},

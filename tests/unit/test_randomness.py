@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from sivae.augment import NUM_CALLS, NUM_UNIFORMS
 from sivae.objectives import Draws
-from sivae.randomness import fixed_latents, normal, seed_noise, step_draws, style_draws
+from sivae.randomness import augment_draws, fixed_latents, normal, seed_noise, step_draws, style_draws
 
 CPU = torch.device("cpu")
 
@@ -152,7 +153,7 @@ def style(numbers=range(400), mixing=0.9, num_layers=6, attempt=0, seed=5):
 
 
 def test_the_style_family_draws_afresh_in_the_decoder_phase():
-    draws = vars(style(mixing=0.0))
+    draws = {name: value for name, value in vars(style(mixing=0.0)).items() if value is not None}
     assert len(draws) == 8 and all(value.shape == (400, 4) for value in draws.values())
     flat = torch.stack([value.flatten() for value in draws.values()])
     # 1600 pairs: the deviation of a correlation is 0.025.
@@ -182,7 +183,7 @@ def test_an_image_has_its_style_draws_whoever_asks():
     whole = vars(style(range(40)))
     for numbers in (range(7, 8), range(1, 40, 3), range(0, 40, 8)):
         ours = vars(style(numbers))
-        assert all(torch.equal(ours[name], whole[name][list(numbers)]) for name in whole)
+        assert all(torch.equal(ours[name], whole[name][list(numbers)]) for name in whole if name != "augment")
     assert not torch.equal(style(range(40), attempt=1).z_prior, whole["z_prior"])
 
 
@@ -194,3 +195,13 @@ def test_noise_is_a_function_of_seed_step_rank_and_attempt():
     first = drawn(1, 2, 3, 4)
     assert torch.equal(drawn(1, 2, 3, 4), first)
     assert not any(torch.equal(drawn(*key), first) for key in ((0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)))
+
+
+def test_augmentation_has_uniforms_of_its_own_for_each_image():
+    whole = augment_draws(5, range(400), CPU)
+    assert whole.shape == (400, NUM_CALLS, NUM_UNIFORMS) and whole.min() >= 0 and whole.max() < 1
+    assert float(whole.mean()) == pytest.approx(0.5, abs=0.01) and float(whole.std()) == pytest.approx(
+        12**-0.5, abs=0.01
+    )
+    assert torch.equal(augment_draws(5, range(3, 40, 4), CPU), whole[3:40:4])
+    assert not torch.equal(augment_draws(5, range(400), CPU, attempt=1), whole)
