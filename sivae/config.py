@@ -340,6 +340,9 @@ class EngineSettings(Section):
     """bfloat16 runs the networks in autocast; weights, optimizer and losses stay float32."""
     micro_batch_size: int | None = Field(None, gt=0)
     """Images per rank and pass; gradients accumulate over passes. None takes the rank's whole share at once."""
+    recompute_from_pixels: int | None = Field(None, gt=0)
+    """Activation checkpointing: blocks that work at so many pixels and above keep only their inputs, and are computed again
+    in the backward pass. 1 takes all blocks, None none."""
     offload_optimizer: bool = False
     """Keep optimizer states in CPU memory. Compiles DeepSpeed's CPU Adam on first use (minutes); needs zero_stage 1 to 3."""
 
@@ -407,6 +410,14 @@ class Config(Section):
             raise ValueError(
                 f"objective.style_mixing: only the style family has layers of styles, not {self.model.family}; remove it"
             )
+        if self.engine.recompute_from_pixels is not None:
+            if self.model.family == "mlp":
+                raise ValueError(
+                    "engine.recompute_from_pixels: the mlp family has no blocks to compute again; remove it"
+                )
+            if getattr(self.model, "norm", None) == "batch":
+                # and its running statistics would be averaged twice
+                raise ValueError("engine.recompute_from_pixels: does not go with model.norm=batch; take another norm")
         for name in ("encoder_optimizer", "decoder_optimizer"):
             if self.engine.offload_optimizer and getattr(self, name).eps_hat:
                 raise ValueError(

@@ -13,6 +13,7 @@ from sivae.config import Config
 from sivae.distributed import Group
 from sivae.engines import Engine
 from sivae.errors import UserError
+from sivae.models import recompute
 from sivae.step import FiniteGate
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -24,11 +25,14 @@ class TrainingState:
     def __init__(self, settings: Config, group: Group, accumulation: int):
         self.group = group
         encoder, decoder = models.build(seed=settings.run.seed, **settings.model.model_dump())
+        if settings.engine.recompute_from_pixels is not None:
+            for network in (encoder, decoder):
+                recompute.mark(network, settings.engine.recompute_from_pixels)
         # Copied before DeepSpeed divides the decoder's parameters.
         bootstrap = settings.objective.name == "bootstrap"
         self.target = copy.deepcopy(decoder).to(group.device).requires_grad_(False) if bootstrap else None
         self.gate = FiniteGate(group)
-        engine = settings.engine.model_dump(exclude={"micro_batch_size"})
+        engine = settings.engine.model_dump(exclude={"micro_batch_size", "recompute_from_pixels"})
         engine |= {
             "micro_batch_size": settings.schedule.batch_size // group.world_size // accumulation,
             "accumulation": accumulation, "found_inf": self.gate.found_inf,

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sivae.models import recompute
 from sivae.models.conv import append_labels
 
 SLOPE = 0.2  # of every leaky ReLU, as published
@@ -228,6 +229,7 @@ class StyleEncoder(nn.Module):
             EncoderBlock(a, b, latent_dim, fused=resolution >> i >= FUSED_SCALE_PIXELS)
             for i, (a, b) in enumerate(zip(channels, channels[1:]))
         )
+        self.block_pixels = [resolution >> i for i in range(self.num_levels)]
         self.mapping = Mapping(
             latent_dim + num_classes, latent_dim, 2 * latent_dim, num_mapping_layers_to_latent, normalize=False
         )
@@ -250,12 +252,12 @@ class StyleEncoder(nn.Module):
         if x.shape[-1] != 4 << level:
             raise ValueError(f"level {level} takes images of {4 << level} pixels, not {x.shape[-1]}")
         first = self.num_levels - 1 - level
-        y, style = self.blocks[first](self._from_rgb(first, x))
+        y, style = recompute.call(self.blocks[first], self._from_rgb(first, x))
         if level and blend != 1:
             style = style * blend
             y = torch.lerp(self._from_rgb(first + 1, F.avg_pool2d(x, 2)), y, blend)
         for block in self.blocks[first + 1 :]:
-            y, part = block(y)
+            y, part = recompute.call(block, y)
             style = style + part
         return style
 
@@ -280,6 +282,7 @@ class StyleDecoder(nn.Module):
             DecoderBlock(a, b, latent_dim, level, fused=4 << level >= FUSED_SCALE_PIXELS)
             for level, (a, b) in enumerate(zip([channels[0], *channels], channels))
         )
+        self.block_pixels = [4 << level for level in range(self.num_levels)]
         self.to_rgb = nn.ModuleList(ScaledConv(width, num_channels, 1, gain=0.03, bias=True) for width in channels)
         # A buffer, so that the running average of the weights has its own and truncation can use it.
         self.register_buffer("average_style", torch.zeros(latent_dim))
@@ -306,7 +309,7 @@ class StyleDecoder(nn.Module):
         for block in self.blocks[: level + 1]:
             if level and block.level == level and blend != 1:
                 below = F.interpolate(self.to_rgb[level - 1](x), scale_factor=2, mode="nearest")
-            x = block(x, styles[:, 2 * block.level], styles[:, 2 * block.level + 1], noise)
+            x = recompute.call(block, x, styles[:, 2 * block.level], styles[:, 2 * block.level + 1], noise)
         x = self.to_rgb[level](x)
         return x if below is None else torch.lerp(below, x, blend)
 

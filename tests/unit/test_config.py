@@ -84,6 +84,7 @@ WRONG = [
     (["model.channels=[8,8,8,8]"], "model.channels: ", "4 levels divide the resolution by 16", "2 or fewer levels"),
     (["model.channels=[8,12]"], "model.group_size: ", "8 does not divide every width of channels [8, 12]"),
     (["objective.reconstruction=bce"], "objective.reconstruction: ", "set model.output=sigmoid"),
+    (["engine.recompute_from_pixels=8", "model.norm=batch"], "engine.recompute_from_pixels: ", "model.norm=batch"),
     (["objective.style_mixing=0.9"], "objective.style_mixing: ", "only the style family has layers of styles, not conv"),
     (
         ["engine={zero_stage: 1, offload_optimizer: true}", "decoder_optimizer.eps_hat=true"],
