@@ -45,6 +45,30 @@ def test_every_config_builds(path):
     assert settings.accumulation(1) >= 1
 
 
+# The published image README: beta_kl, beta_rec, beta_neg, z_dim, batch_size; the published code: size, channels; images x epochs.
+PUBLISHED = {
+    "cifar10": (1.0, 1.0, 256, 128, 32, 32, [64, 128, 256], 50_000 * 250),
+    "svhn": (1.0, 1.0, 256, 128, 32, 32, [64, 128, 256], 73_257 * 250),
+    "mnist": (1.0, 1.0, 256, 32, 128, 28, [64, 128], 60_000 * 200),
+    "fmnist": (1.0, 1.0, 256, 32, 128, 28, [64, 128], 60_000 * 200),
+    "celebahq256_conv": (0.5, 1.0, 1024, 256, 8, 256, [64, 128, 256, 512, 512, 512], 29_000 * 250),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_recipes_have_the_published_numbers(name):
+    settings = config.load(str(ROOT / "configs" / f"{name}.yaml"))
+    objective, model, schedule = settings.objective, settings.model, settings.schedule
+    assert PUBLISHED[name] == (
+        objective.beta_kl, objective.beta_rec, objective.beta_neg, model.latent_dim, schedule.batch_size, model.resolution,
+        model.channels, schedule.total_images,
+    )  # fmt: skip
+    for optimizer in (settings.encoder_optimizer, settings.decoder_optimizer):
+        assert optimizer.lr == 2e-4 and optimizer.betas == [0.9, 0.999]
+    assert settings.data.flip == (name == "celebahq256_conv") and objective.vae_images == 0
+    assert settings.run.directory == f"runs/{name}"
+
+
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_every_objective_builds_from_its_settings(base, name):
     settings = config.load(base, ["objective={}", f"objective.name={name}"])
