@@ -234,9 +234,8 @@ class Trainer:
             draws = randomness.style_draws(*key, mixing=mixing, num_layers=model.num_layers)
         else:
             draws = randomness.step_draws(*key)
-        if objective.augment:
-            draws = replace(draws, augment=randomness.augment_draws(key[0], numbers, device, self.attempt))
-        return draws
+        uniform = randomness.augment_draws(key[0], numbers, device, self.attempt) if objective.augment else None
+        return replace(draws, augment=uniform)
 
     def _handle(self, bad: NonFinite) -> None:
         """A non-finite loss: stop, or go back to the last checkpoint and draw anew."""
