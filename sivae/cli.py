@@ -118,6 +118,13 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--count", type=int, default=64)
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--label", type=int, help="class of all images, for a conditional model")
+    sample.add_argument(
+        "--truncation", type=float, default=1.0, metavar="PSI",
+        help="of a style model: pull styles to the average, 1 (default) not at all, 0.7 as published",
+    )  # fmt: skip
+    sample.add_argument(
+        "--truncation-layers", type=int, metavar="N", help="in the first N layers only (8 as published); all by default"
+    )
     sample.add_argument("--output", default="samples.png", help="picture of all images")
     sample.add_argument("--folder", help="also write every image as a PNG of its own into this folder")
 
@@ -140,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
     interpolate.add_argument("--steps", type=int, default=10)
     interpolate.add_argument("--output", default="interpolation.png")
 
-    imported = add("import", "Read a published checkpoint (image, bootstrap, 2D, IntroVAE) into sivae's format.")
+    imported = add("import", "Read a published checkpoint (image, bootstrap, style, 2D, IntroVAE) into sivae's format.")
     imported.add_argument("source", help=".pth file")
     imported.add_argument("dest", help="folder or URL to write")
     imported.add_argument(

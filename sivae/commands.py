@@ -120,7 +120,12 @@ def sample(options: argparse.Namespace) -> None:
             0 <= options.label < model.num_classes, f"--label: {options.label} is not in 0 .. {model.num_classes - 1}"
         )
     labels = None if options.label is None else torch.full((options.count,), options.label)
-    samples = model.to_uint8(model.sample(options.count, seed=options.seed, labels=labels)).cpu()
+    _require(
+        options.truncation_layers is None or options.truncation_layers >= 0,
+        f"--truncation-layers: {options.truncation_layers} is negative",
+    )
+    truncation = {"truncation": options.truncation, "truncation_layers": options.truncation_layers}
+    samples = model.to_uint8(model.sample(options.count, seed=options.seed, labels=labels, **truncation)).cpu()
     _write(options.output, images.grid(samples, columns=_columns(options.count)))
     if options.folder:
         folder = Folder(options.folder)

@@ -13,6 +13,7 @@ That is what makes a checkpoint independent of both, and it needs no DeepSpeed f
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -52,12 +53,13 @@ class Engine:
     def __init__(
         self, network: nn.Module, group: Group, *, lr: float, betas: list[float], eps: float, weight_decay: float,
         clip_grad_norm: float | None, zero_stage: int, precision: str, offload_optimizer: bool,
-        micro_batch_size: int, accumulation: int, found_inf: Tensor,
+        micro_batch_size: int, accumulation: int, found_inf: Tensor, eps_hat: bool = False,
     ):  # fmt: skip
         deepspeed = _import_deepspeed(group.device)
         self.group, self.zero_stage, self.network = group, zero_stage, network.to(group.device)
         wrapped = _PhaseModule(self.network, precision == "bfloat16", group.device.type)
         self.offload = offload_optimizer
+        self.eps, self.eps_hat, self.beta2, self.num_steps = eps, eps_hat, betas[1], 0
         if offload_optimizer:
             optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
                 wrapped.parameters(), lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay
@@ -102,8 +104,12 @@ class Engine:
     def step(self, lr: float) -> None:
         """Optimizer step at learning rate `lr` when the accumulated passes are complete, else only the bookkeeping."""
         last = self.engine.is_gradient_accumulation_boundary()
+        self.num_steps += last
         for parameters in self._adam().param_groups:
             parameters["lr"] = lr
+            if self.eps_hat and last:
+                # torch adds epsilon to the corrected second moment's root.
+                parameters["eps"] = self.eps / math.sqrt(1 - self.beta2**self.num_steps)
         self.engine.step()
         if last and self.zero_stage:
             norm = self.engine.get_global_grad_norm()
@@ -186,7 +192,7 @@ class Engine:
     @torch.no_grad()
     def load_optimizer_state_dict(self, state: dict[str, Tensor]) -> None:
         _check_names(state, ["step", *(f"{moment}.{name}" for moment in MOMENTS for name in self.shapes)])
-        adam = self._adam()
+        adam, self.num_steps = self._adam(), int(state["step"])
         for values in adam.state.values():
             if isinstance(values["step"], Tensor):
                 values["step"].fill_(float(state["step"]))

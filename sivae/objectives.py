@@ -9,8 +9,9 @@ decoder does not change before its phase and z is handed over; the price is one 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,7 +21,12 @@ Decoder = Callable[[Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Draws:
-    """Standard normal draws of a step, each [B, latent_dim]. `_d` are those of the decoder phase."""
+    """Standard normal draws of a step, each [B, latent_dim]. `_d` are those of the decoder phase.
+
+    `z_prior` may also be [B, layers, latent_dim], where the decoder mixes styles. With `z_prior_d` and `eps_real_d`
+    Soft-IntroVAE's decoder phase has a prior draw and a z of the real images of its own, as published for the style family;
+    without them it goes on with those of the encoder phase, as published for the others. `augment`: see `sivae.augment`.
+    """
 
     z_prior: Tensor
     eps_real: Tensor
@@ -28,10 +34,14 @@ class Draws:
     eps_fake: Tensor
     eps_rec_d: Tensor
     eps_fake_d: Tensor
+    z_prior_d: Tensor | None = None
+    eps_real_d: Tensor | None = None
+    augment: Tensor | None = None
 
     @staticmethod
     def names() -> tuple[str, ...]:
-        return tuple(field.name for field in fields(Draws))
+        """Those that every family has."""
+        return tuple(field.name for field in fields(Draws) if field.default is MISSING)
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,12 @@ class SoftIntroVae(Vae):
         self, encoder: Encoder, decoder: Decoder, x: Tensor, z: Tensor, draws: Draws, labels: Tensor | None = None,
         target_decoder: Decoder | None = None,
     ) -> Phase:  # fmt: skip
-        fake, rec_image = decoder(draws.z_prior, labels), decoder(z, labels)
+        z_prior = draws.z_prior
+        if draws.z_prior_d is not None:
+            z_prior = draws.z_prior_d
+            with torch.no_grad():  # the encoder is frozen, and what it makes of real images is given
+                z = reparameterize(*encoder(x, labels), draws.eps_real_d)
+        fake, rec_image = decoder(z_prior, labels), decoder(z, labels)
         rec = self.rec(x, rec_image).mean()
         mu_rec, logvar_rec = encoder(rec_image, labels)
         mu_fake, logvar_fake = encoder(fake, labels)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from sivae import inference, models, objectives
+from sivae.augment import Augmented
 from sivae.config import Config
 from sivae.distributed import Group
 from sivae.engines import Engine
 from sivae.errors import UserError
+from sivae.models import recompute
 from sivae.step import FiniteGate
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -23,11 +25,14 @@ class TrainingState:
     def __init__(self, settings: Config, group: Group, accumulation: int):
         self.group = group
         encoder, decoder = models.build(seed=settings.run.seed, **settings.model.model_dump())
+        if settings.engine.recompute_from_pixels is not None:
+            for network in (encoder, decoder):
+                recompute.mark(network, settings.engine.recompute_from_pixels)
         # Copied before DeepSpeed divides the decoder's parameters.
         bootstrap = settings.objective.name == "bootstrap"
         self.target = copy.deepcopy(decoder).to(group.device).requires_grad_(False) if bootstrap else None
         self.gate = FiniteGate(group)
-        engine = settings.engine.model_dump(exclude={"micro_batch_size"})
+        engine = settings.engine.model_dump(exclude={"micro_batch_size", "recompute_from_pixels"})
         engine |= {
             "micro_batch_size": settings.schedule.batch_size // group.world_size // accumulation,
             "accumulation": accumulation, "found_inf": self.gate.found_inf,
@@ -36,11 +41,16 @@ class TrainingState:
             Engine(network, group, **optimizer.model_dump(exclude={"schedule"}), **engine)
             for network, optimizer in ((encoder, settings.encoder_optimizer), (decoder, settings.decoder_optimizer))
         )
-        fields = settings.objective.model_dump(exclude={"vae_images", "target_refresh_images"})
-        self.objective = objectives.build(num_values=settings.model.num_values, **fields)
+        self.objective = objectives.build(num_values=settings.model.num_values, **settings.objective.loss_fields())
         self.vae = objectives.Vae(
             settings.objective.beta_rec, settings.objective.beta_kl, settings.objective.reconstruction
         )
+        if settings.objective.augment:
+            low, high = models.VALUE_RANGES[settings.model.family]
+            kinds, probability = tuple(settings.objective.augment), settings.objective.augment_probability
+            self.objective, self.vae = (
+                Augmented(objective, kinds, probability, high - low) for objective in (self.objective, self.vae)
+            )
 
     def tensors(self) -> Tensors:
         """Whole CPU tensors by file and name, as a checkpoint keeps them; for rank 0 alone."""

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sivae.augment import Augmented
 from sivae.distributed import Group
 from sivae.engines import Engine, freeze
+from sivae.models.style import average_styles
 from sivae.objectives import Draws, Vae
 
 
@@ -81,7 +83,7 @@ class Pass:
 
 
 def train_step(
-    encoder: Engine, decoder: Engine, target_decoder: nn.Module | None, objective: Vae, passes: list[Pass], gate: FiniteGate,
+    encoder: Engine, decoder: Engine, target_decoder: nn.Module | None, objective: Vae | Augmented, passes: list[Pass], gate: FiniteGate,
     images_seen: int, lr_encoder: float, lr_decoder: float, ema_decay: float,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Train both networks on one global batch. Returns this rank's terms, averaged over the passes, on the device."""
@@ -94,25 +96,27 @@ def train_step(
 
     freeze(trained=encoder.network, frozen=decoder.network)
     latents = []
-    for index, item in enumerate(passes):
-        phase = encoder.phase(
-            lambda: objective.encoder_phase(
-                encoder.network, decoder.network, item.x, item.draws, item.labels, target_decoder
+    with average_styles(decoder.network, len(passes), gate.group.mean):
+        for index, item in enumerate(passes):
+            phase = encoder.phase(
+                lambda: objective.encoder_phase(
+                    encoder.network, decoder.network, item.x, item.draws, item.labels, target_decoder
+                )
             )
-        )
-        note(phase.terms)
-        latents.append(phase.z)
-        _step(encoder, lr_encoder, gate, "grad_norm_encoder", images_seen, last=index == len(passes) - 1)
+            note(phase.terms)
+            latents.append(phase.z)
+            _step(encoder, lr_encoder, gate, "grad_norm_encoder", images_seen, last=index == len(passes) - 1)
 
     freeze(trained=decoder.network, frozen=encoder.network)
-    for index, (item, z) in enumerate(zip(passes, latents)):
-        phase = decoder.phase(
-            lambda: objective.decoder_phase(
-                encoder.network, decoder.network, item.x, z, item.draws, item.labels, target_decoder
+    with average_styles(decoder.network, len(passes), gate.group.mean):
+        for index, (item, z) in enumerate(zip(passes, latents)):
+            phase = decoder.phase(
+                lambda: objective.decoder_phase(
+                    encoder.network, decoder.network, item.x, z, item.draws, item.labels, target_decoder
+                )
             )
-        )
-        note(phase.terms)
-        _step(decoder, lr_decoder, gate, "grad_norm_decoder", images_seen, last=index == len(passes) - 1)
+            note(phase.terms)
+            _step(decoder, lr_decoder, gate, "grad_norm_decoder", images_seen, last=index == len(passes) - 1)
 
     encoder.update_average(ema_decay)
     decoder.update_average(ema_decay)

@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from sivae.config import Config
 from sivae.data import Batch, ImageStream, open_stream
 from sivae.distributed import Group
 from sivae.errors import UserError, shown
+from sivae.objectives import Draws
 from sivae.signals import StopSignals
 from sivae.state import TrainingState, peak_memory_bytes
 from sivae.step import NonFinite, Pass, train_step
@@ -197,6 +198,8 @@ class Trainer:
             )
         }
         warm_up = start < getattr(settings.objective, "vae_images", 0)
+        if settings.model.family == "style":
+            randomness.seed_noise(settings.run.seed, start, self.group.rank, self.attempt)
         terms = train_step(
             state.encoder, state.decoder, state.target, state.vae if warm_up else state.objective, self._passes(batch), state.gate,
             start, **self.rates, ema_decay=schedule.ema_decay(end, self.batch_size, ema.halflife_images, ema.rampup_ratio),
@@ -221,13 +224,18 @@ class Trainer:
         labels = batch.labels.to(device, non_blocking=True) if model.num_classes else None
         size = len(numbers) // self.accumulation
         parts = [slice(first, first + size) for first in range(0, len(numbers), size)]
-        return [
-            Pass(
-                x[part], None if labels is None else labels[part],
-                randomness.step_draws(self.settings.run.seed, numbers[part], model.latent_dim, device, self.attempt),
-            )
-            for part in parts
-        ]  # fmt: skip
+        return [Pass(x[i], labels if labels is None else labels[i], self._draws(numbers[i])) for i in parts]
+
+    def _draws(self, numbers: range) -> Draws:
+        model, objective, device = self.settings.model, self.settings.objective, self.group.device
+        key = (self.settings.run.seed, numbers, model.latent_dim, device, self.attempt)
+        if model.family == "style":
+            mixing = getattr(objective, "style_mixing", 0.0)
+            draws = randomness.style_draws(*key, mixing=mixing, num_layers=model.num_layers)
+        else:
+            draws = randomness.step_draws(*key)
+        uniform = randomness.augment_draws(key[0], numbers, device, self.attempt) if objective.augment else None
+        return replace(draws, augment=uniform)
 
     def _handle(self, bad: NonFinite) -> None:
         """A non-finite loss: stop, or go back to the last checkpoint and draw anew."""

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sivae.models import recompute
+
 SLOPE = 0.2  # of every leaky ReLU, as published
 
 
@@ -95,14 +97,15 @@ class ConvEncoder(nn.Module):
         self.stem = nn.Conv2d(num_channels, channels[0], 5, padding=2, bias=False)
         self.stem_norm = make_norm(norm, channels[0], group_size)
         self.blocks = make_blocks(channels, norm, group_size, residual)
+        self.block_pixels = [resolution >> (i + 1) for i in range(len(self.blocks))]
         self.head = nn.Linear(channels[-1] * size**2 + num_classes, 2 * latent_dim)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] in [0, 1], labels int64 [B] -> mu, logvar, each [B, latent_dim]."""
         x = F.avg_pool2d(F.leaky_relu(self.stem_norm(self.stem(x)), SLOPE), 2)
         for block in self.blocks[:-1]:
-            x = F.avg_pool2d(block(x), 2)
-        features = self.blocks[-1](x).flatten(1)
+            x = F.avg_pool2d(recompute.call(block, x), 2)
+        features = recompute.call(self.blocks[-1], x).flatten(1)
         mu, logvar = self.head(append_labels(features, labels, self.num_classes)).chunk(2, dim=1)
         return mu, logvar
 
@@ -118,6 +121,7 @@ class ConvDecoder(nn.Module):
         self.stem = nn.Linear(latent_dim + num_classes, channels[-1] * self.size**2)
         # The first level keeps the innermost width, then they widen towards the image.
         self.blocks = make_blocks([channels[-1], *channels[::-1]], norm, group_size, residual, keeps_first=True)
+        self.block_pixels = [self.size << i for i in range(len(self.blocks))]
         self.head = nn.Conv2d(channels[0], num_channels, 5, padding=2)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -125,6 +129,6 @@ class ConvDecoder(nn.Module):
         x = F.relu(self.stem(append_labels(z, labels, self.num_classes)))
         x = x.unflatten(1, (-1, self.size, self.size))
         for block in self.blocks[:-1]:
-            x = F.interpolate(block(x), scale_factor=2, mode="nearest")
-        x = self.head(self.blocks[-1](x))
+            x = F.interpolate(recompute.call(block, x), scale_factor=2, mode="nearest")
+        x = self.head(recompute.call(self.blocks[-1], x))
         return x.sigmoid() if self.sigmoid else x

@@ -1,7 +1,8 @@
 """Checkpoints of the published code, read without running anything that is in the file.
 
-Sources of the layouts: the Soft-IntroVAE repository (image, bootstrap and 2D models: `{"epoch", "model": state_dict}`) and
-IntroVAE's, whose state dict has the same names. Which one it is, and every size, follows from names and shapes.
+Sources of the layouts: the Soft-IntroVAE repository (image, bootstrap and 2D models: `{"epoch", "model": state_dict}`; style
+models: `{"models": {entry: state_dict}}`, see `published_style`) and IntroVAE's, whose state dict has the same names as the
+image models'. Which one it is, and every size, follows from names and shapes.
 Left out on purpose: the 2D decoder's `loggamma`, a parameter that its forward never uses.
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sivae.errors import UserError
+from sivae.models import inert_pickle, published_style
 
 _CONV_NAMES = {
     "encoder": [(r"main\.0\.", "stem."), (r"main\.1\.", "stem_norm."), (r"fc\.", "head.")],
@@ -39,11 +41,31 @@ def read(path: str, residual: str | None = None) -> Published:
 
     Raises UserError for a file that is truncated, pickled as a whole object, or of another architecture.
     """
+    content = _load(path)
+    entries = content.get("models", content) if isinstance(content, dict) else None
+    if isinstance(entries, dict) and "generator" in entries:
+        return convert_style(entries, path)
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise UserError(f"{path}: holds no state dict of a published image, bootstrap, style, 2D or IntroVAE model")
+    return convert(state, path, residual)
+
+
+def _load(path: str) -> Any:
+    """The file's content. Style checkpoints hold statistics of their training as objects, which are left out."""
     try:
         with open(path, "rb") as file:
             if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x04"):
                 raise UserError(f"{path}: is not a PyTorch file")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            content = _load_inert(path)
+            if isinstance(content, dict) and isinstance(content.get("models"), dict):
+                return content
+            raise
     except UserError:
         raise
     except FileNotFoundError:
@@ -57,12 +79,22 @@ def read(path: str, residual: str | None = None) -> Published:
         raise UserError(
             f"{path}: cannot be read as a PyTorch file ({' '.join(str(error).split())[:200]}); it may be truncated"
         ) from None
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise UserError(f"{path}: holds no state dict of a published image, bootstrap, 2D or IntroVAE model")
-    return convert(state, path, residual)
+
+
+def _load_inert(path: str) -> Any:
+    try:
+        return inert_pickle.load(path)
+    except Exception:  # noqa: BLE001 (as above; the first reader's error is the one to tell)
+        return None
+
+
+def convert_style(entries: dict[str, dict[str, Tensor]], where: str = "entries") -> Published:
+    """Rename, rescale and size up the entries of a published style checkpoint. Raises UserError when they are not that."""
+    try:
+        settings, networks = published_style.convert(entries)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: is not a published style model ({type(error).__name__}: {error})") from None
+    return Published(settings, networks, "style")
 
 
 def convert(state: dict[str, Tensor], where: str = "state dict", residual: str | None = None) -> Published:

@@ -25,6 +25,11 @@ def model_of(family="conv", seed=0, **fields):
     common = {"latent_dim": 4} | fields
     if family == "conv":
         tree = {"family": "conv", "num_channels": 1, "resolution": 16, "channels": [4, 8], "group_size": 4} | common
+    elif family == "style":
+        tree = {
+            "family": "style", "num_channels": 1, "resolution": 16, "base_channels": 4, "max_channels": 8,
+            "num_mapping_layers": 2,
+        } | common  # fmt: skip
     else:
         tree = {"family": "mlp", "sample_shape": list(SHAPE), "num_hidden": 16, "num_layers": 1} | common
     made = inference.Model(parse_model(tree).model_dump())
@@ -40,7 +45,7 @@ def images(count, seed=0):
     return torch.randint(0, 256, (count, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=["conv", "mlp"])
+@pytest.fixture(params=["conv", "mlp", "style"])
 def model(request):
     return model_of(request.param)
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from sivae.augment import NUM_CALLS, NUM_UNIFORMS
 from sivae.objectives import Draws
-from sivae.randomness import fixed_latents, normal, step_draws
+from sivae.randomness import augment_draws, fixed_latents, normal, seed_noise, step_draws, style_draws
 
 CPU = torch.device("cpu")
 
@@ -142,3 +143,65 @@ def test_draws_are_standard_normal():
 def test_fixed_latents_do_not_depend_on_the_count():
     assert torch.equal(fixed_latents(3, 5, 7), fixed_latents(3, 50, 7)[:5])
     assert not torch.equal(fixed_latents(3, 5, 7), fixed_latents(4, 5, 7))
+
+
+# The style family
+
+
+def style(numbers=range(400), mixing=0.9, num_layers=6, attempt=0, seed=5):
+    return style_draws(seed, numbers, 4, CPU, attempt, mixing=mixing, num_layers=num_layers)
+
+
+def test_the_style_family_draws_afresh_in_the_decoder_phase():
+    draws = {name: value for name, value in vars(style(mixing=0.0)).items() if value is not None}
+    assert len(draws) == 8 and all(value.shape == (400, 4) for value in draws.values())
+    flat = torch.stack([value.flatten() for value in draws.values()])
+    # 1600 pairs: the deviation of a correlation is 0.025.
+    assert (torch.corrcoef(flat) - torch.eye(8)).abs().max() < 0.12
+    assert abs(float(flat.mean())) < 0.05 and float(flat.std()) == pytest.approx(1, rel=0.05)
+
+
+def test_mixing_is_drawn_for_each_image_and_phase():
+    draws = style()
+    plain = normal(5, 0, range(400), 10 * 4).unflatten(1, (10, 4))  # eight draws, and the two to mix in
+    assert torch.equal(draws.z_prior[:, 0], plain[:, 0])
+    for z in (draws.z_prior, draws.z_prior_d):
+        assert z.shape == (400, 6, 4)
+        keeps = (z == z[:, :1]).all(2)  # layers that follow the first latent
+        first = keeps.sum(1)
+        assert torch.equal(keeps, torch.arange(6) < first[:, None])  # they come first, and at least one does
+        # Nine tenths mix, from a layer drawn evenly of 1 to 6, 6 being no mix to be seen: 1 - 0.9 + 0.9 / 6 stay whole.
+        assert float((first == 6).float().mean()) == pytest.approx(0.25, abs=0.07)
+        for layer in range(1, 6):
+            assert float((first == layer).float().mean()) == pytest.approx(0.15, abs=0.06)
+    assert not torch.equal(draws.z_prior[:, 0], draws.z_prior_d[:, 0])
+    whole = style(mixing=1e-9)
+    assert all((z == z[:, :1]).all() for z in (whole.z_prior, whole.z_prior_d))
+
+
+def test_an_image_has_its_style_draws_whoever_asks():
+    whole = vars(style(range(40)))
+    for numbers in (range(7, 8), range(1, 40, 3), range(0, 40, 8)):
+        ours = vars(style(numbers))
+        assert all(torch.equal(ours[name], whole[name][list(numbers)]) for name in whole if name != "augment")
+    assert not torch.equal(style(range(40), attempt=1).z_prior, whole["z_prior"])
+
+
+def test_noise_is_a_function_of_seed_step_rank_and_attempt():
+    def drawn(*key):
+        seed_noise(*key)
+        return torch.randn(3)
+
+    first = drawn(1, 2, 3, 4)
+    assert torch.equal(drawn(1, 2, 3, 4), first)
+    assert not any(torch.equal(drawn(*key), first) for key in ((0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)))
+
+
+def test_augmentation_has_uniforms_of_its_own_for_each_image():
+    whole = augment_draws(5, range(400), CPU)
+    assert whole.shape == (400, NUM_CALLS, NUM_UNIFORMS) and whole.min() >= 0 and whole.max() < 1
+    assert float(whole.mean()) == pytest.approx(0.5, abs=0.01) and float(whole.std()) == pytest.approx(
+        12**-0.5, abs=0.01
+    )
+    assert torch.equal(augment_draws(5, range(3, 40, 4), CPU), whole[3:40:4])
+    assert not torch.equal(augment_draws(5, range(400), CPU, attempt=1), whole)
