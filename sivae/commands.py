@@ -100,13 +100,12 @@ def check(options: argparse.Namespace) -> int:
 
 
 def index(options: argparse.Namespace) -> None:
-    from sivae.data.make_index import make_index
+    from sivae.data.make_index import folder_of, make_index
 
     made = make_index(
         options.urls, output=options.output, crc=options.crc, split=options.split, licence=options.licence
     )
-    url = options.output or options.urls[0].rpartition("/")[0] or "."
-    print(f"{_describe_set(made)}: train with data.url={shown(url)}")
+    print(f"{_describe_set(made)}: train with data.url={shown(options.output or folder_of(options.urls))}")
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -282,7 +281,7 @@ def _describe_set(index) -> str:
 
 def _tell_left_out(skipped: tuple[str, ...]) -> None:
     for line in skipped[:MAX_LINES]:
-        print(line)
+        print(line.encode("utf-8", "backslashreplace").decode())  # names of files need not be text
     if len(skipped) > MAX_LINES:
         print(f"... and {len(skipped) - MAX_LINES:,} more; the index lists them all under skipped")
     if skipped:

@@ -11,6 +11,7 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from glob import has_magic
 from typing import Any
 
 import fsspec
@@ -173,7 +174,12 @@ class Folder:
         def delete() -> None:
             path = self.join(*names)
             if self._exists(path):
-                self.fs.rm(path, recursive=True, **self._limit())
+                # One by one where a name could be taken for a pattern, which would delete its neighbours too.
+                if has_magic(path) and not self.is_local:
+                    for file in self.fs.find(path) or [path]:
+                        self.fs.rm_file(file)
+                else:
+                    self.fs.rm(path, recursive=True, **self._limit())
 
         self._guard("delete", delete, *names)
 

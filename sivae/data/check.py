@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sivae.data.decode import DECODERS
+from sivae.data.fit import SMALLEST_LEVEL
 from sivae.data.index import Index, NoIndex
 from sivae.data.pool import each, interruptible
 from sivae.data.tar import BLOCK, Damaged, Member, Members, RangeFile
@@ -81,6 +82,11 @@ def check(
         _beside(found, index, name, findings)
         levels.append(Level(name, index.shard_folder(found), index.split(split)))
     first = levels[0].index
+    if levels[0].label:  # a pyramid has every power of two down to 4
+        there, resolution = {level.index.resolution for level in levels}, first.resolution
+        while (resolution := resolution // 2) >= SMALLEST_LEVEL:
+            if resolution not in there:
+                findings.add(f"{resolution}/index.json: is missing")
     for level in levels[1:]:
         same = level.index.key == first.key and level.index.splits == first.splits
         if not same or not np.array_equal(level.index.label, first.label):

@@ -18,6 +18,7 @@ FILE_NAME = "index.json"
 COLUMNS = ("offset", "size", "crc32", "label")
 FORMAT, VERSION = "sivae-shards", 2
 IMAGE_FORMATS = ("png", "qoi", "webp", "jpeg")
+SHARD_NAME, SPLIT_NAME = r"[\w-][\w.-]{0,200}", r"[\w-]{1,100}"  # in ASCII: no path leads out of the set
 MAX_RESOLUTION = 16384  # with the checks of sizes below, bounds what a hostile index makes a reader allocate
 
 
@@ -221,7 +222,7 @@ def parse(data: bytes, where: str) -> Index:
     need(isinstance(shards, list) and shards, "there must be shards")
     shards = tuple(Shard(*fields(shard, "name size_bytes count", "each shard")) for shard in shards)
     for shard in shards:  # a plain file name, so that no path leads out of the set
-        plain = isinstance(shard.name, str) and re.fullmatch(r"[\w-][\w.-]{0,200}", shard.name, re.ASCII)
+        plain = isinstance(shard.name, str) and re.fullmatch(SHARD_NAME, shard.name, re.ASCII)
         need(plain, f"{shard.name!r} is no plain file name for a shard")
         need(whole(shard.size_bytes, 1, 2**60), f"{shard.name}: size_bytes must be a whole number of bytes")
         need(whole(shard.count, 1, len(data)), f"{shard.name}: count must be at least 1")
@@ -231,7 +232,7 @@ def parse(data: bytes, where: str) -> Index:
     ok = isinstance(splits, list) and splits and all(isinstance(pair, list) and len(pair) == 2 for pair in splits)
     need(ok, "splits must be pairs of a name and a count")
     for name, split_count in splits:
-        need(isinstance(name, str) and re.fullmatch(r"[\w-]{1,100}", name, re.ASCII), f"{name!r} is no name of a split")
+        need(isinstance(name, str) and re.fullmatch(SPLIT_NAME, name, re.ASCII), f"{name!r} is no name of a split")
         need(name != "all" and whole(split_count, 1, count), f"split {name} must have 1 to {count} samples")
     need(len({name for name, _ in splits}) == len(splits), "two splits have one name")
     shard_ends = set(itertools.accumulate(shard.count for shard in shards))

@@ -3,6 +3,7 @@ as they are."""
 
 import glob
 import os
+import re
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import numpy as np
 
 from sivae.data.check import AHEAD_BYTES, SUFFIXES
 from sivae.data.decode import read_header
-from sivae.data.index import FILE_NAME, Index, Shard
+from sivae.data.index import FILE_NAME, SHARD_NAME, SPLIT_NAME, Index, Shard
 from sivae.data.sources.base import natural_key
 from sivae.data.sources.files import expand_braces, split_url
 from sivae.data.tar import Damaged, Members, RangeFile
@@ -60,6 +61,13 @@ def make_index(
     are not square.
     """
     url, names = _expand([urls] if isinstance(urls, str) else list(urls))
+    if split == "all" or not re.fullmatch(SPLIT_NAME, split, re.ASCII):
+        raise UserError(f"{split!r} is no name for a split; take letters, digits, - and _, and not `all`")
+    odd = next((name for name in names if not re.fullmatch(SHARD_NAME, name, re.ASCII)), None)
+    if odd is not None:
+        raise UserError(
+            f"{odd!r} is no name for a shard (a plain file name of letters, digits, . - and _); rename it, or {REPACK}"
+        )
     folder = Folder(url, storage_options)
     where = shown(folder.url)
     if output is not None and where != folder.url:
@@ -108,6 +116,11 @@ def make_index(
     )
     index.dump(dest)
     return index
+
+
+def folder_of(urls: list[str]) -> str:
+    """Where the shards of these URLs and patterns lie."""
+    return _expand(urls)[0]
 
 
 def _expand(urls: list[str]) -> tuple[str, list[str]]:

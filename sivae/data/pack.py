@@ -94,6 +94,7 @@ def pack(
     quality = check_format(image_format, quality, resolution)
     levels = pyramid_levels(resolution) if pyramid else (resolution,)
     folder = Folder(dest, storage_options)
+    refuse_source(folder, source)
     refuse_finished(folder, levels)
     images = open_source(source, resolution=resolution, labels=labels, storage_options=source_options, verify=verify)
     recipe = Recipe(
@@ -116,6 +117,8 @@ def pack(
         "num_images": len(images),
         "source": images.fingerprint,
     }
+    if folder.url.startswith("memory:"):  # of this process alone
+        num_workers = 0
     with interruptible():
         scratch.sweep()
         records: dict[str, Record] = {}
@@ -138,6 +141,17 @@ def pack(
     if enlarged:
         logger.warning("%d images are smaller than %d pixels and were enlarged", enlarged, resolution)
     return index
+
+
+def refuse_source(folder: Folder, source):
+    """Raises UserError when the destination is the source, whose files would lie among the shards."""
+
+    def place(url: str) -> str:
+        return os.path.realpath(url) if folder.is_local else url
+
+    other = Folder(source)
+    if str(source) != "digits:" and other.is_local == folder.is_local and place(other.path) == place(folder.path):
+        raise UserError(f"{shown(source)} is the source itself; give another folder for the packed set")
 
 
 def refuse_finished(folder: Folder, levels: tuple[int, ...]):

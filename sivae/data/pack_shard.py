@@ -120,8 +120,8 @@ def make_shard(shared: Shared, job: Job, tick: Callable[[int], None]) -> tuple[s
     """Write one shard and its record. Raises UserError as `pack` does; what was not finished leaves nothing."""
     recipe = shared.recipe
     record = Record(shared.plan_id, [], [], [], 0, {level: Level() for level in recipe.levels})
-    with contextlib.ExitStack() as stack:
-        try:
+    try:  # outside, as leaving the stack closes files, which is when a full disk is told of again
+        with contextlib.ExitStack() as stack:
             files = {level: stack.enter_context(shared.scratch.file(f"{level}-{job.name}")) for level in recipe.levels}
             tars = {level: stack.enter_context(_writer(file)) for level, (file, _) in files.items()}
             for number in job.numbers.tolist():
@@ -134,11 +134,12 @@ def make_shard(shared: Shared, job: Job, tick: Callable[[int], None]) -> tuple[s
                     tars[level].close()
                     _finish(file, record.levels[level], record.key, recipe)
                     recipe.folder(shared.dest, level).upload(path, job.tar)
-        except OSError as error:
-            raise UserError(
-                f"{shown(shared.scratch.path)}: cannot write a shard there ({reason(error)}); "
-                "free space or repair it, and run the same command again"
-            ) from error
+    except OSError as error:
+        elsewhere = "" if shared.dest.is_local else ", or set TMPDIR to a larger disk"
+        raise UserError(
+            f"{shown(shared.scratch.path)}: cannot write a shard there ({error.strerror or reason(error)}); "
+            f"free space or repair it{elsewhere}, and run the same command again"
+        ) from error
     if recipe.num_classes is None:
         record.label = None
     record.dump(shared.dest, job.name)

@@ -27,7 +27,7 @@ class Scratch:
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[tuple[BinaryIO, str]]:
         """(an empty file open for reading and writing, its path); gone afterwards unless it was renamed."""
-        os.makedirs(self.path, mode=0o777, exist_ok=True)
+        os.makedirs(self.path, mode=0o700, exist_ok=True)
         made = os.path.join(self.path, f"{name}.{os.getpid()}-{secrets.token_hex(4)}")
         # A new name that must not exist is nobody else's link
         descriptor = os.open(made, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
@@ -47,7 +47,7 @@ class Scratch:
         """Delete what killed processes have left."""
         try:
             names = os.listdir(self.path)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:  # whoever writes there will say what is wrong
             return
         for name in names:
             if not name.endswith(SUFFIX):

@@ -241,7 +241,10 @@ class ShardReader:
     def _problem(self, r: Range, data: bytes) -> Damage | RangesIgnored | None:
         """What is wrong with the bytes of a range; None when each sample is as it was packed."""
         if len(data) > r.stop - r.start:
-            return RangesIgnored(f"{len(data)} bytes came where {r.stop - r.start} were asked for")
+            return RangesIgnored(
+                f"{len(data)} bytes came where {r.stop - r.start} were asked for, so the server ignores ranges; "
+                "use one that answers them, or copy the set to a disk"
+            )
         wrong: dict[int, str] = {}
         short = False
         for sample in r.samples:

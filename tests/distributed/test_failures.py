@@ -106,14 +106,14 @@ def test_data_that_one_rank_cannot_read_is_one_sentence_of_all(arguments, tmp_pa
     from sivae.data.pack import pack
 
     index = pack("digits:", tmp_path / "set", resolution=16, progress=False)
-    shard = tmp_path / "set" / "shard-000000.tar"
+    shard = tmp_path / "set" / "train-000000.tar"
     data = bytearray(shard.read_bytes())
     data[index.offset[900] + index.size[900] // 2] ^= 1
     shard.write_bytes(data)
     done = run_sivae(arguments(f"data.url={tmp_path / 'set'}", "schedule.total_images=3600"), ranks=2)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "sivae: error" in line]
-    assert len(lines) == 1 and "shard-000000.tar" in lines[0], done.stderr
+    assert len(lines) == 1 and "train-000000.tar" in lines[0], done.stderr
     assert "sivae/cli.py" not in done.stderr, "no rank shows a traceback of its own"
 
 

@@ -415,3 +415,23 @@ def test_range_file_hands_out_what_is_there(tmp_path):
         for _ in range(300):
             start, size = draw.randrange(5100), draw.randrange(800)
             assert file.at(start, size) == data[start : start + size]
+
+
+def test_a_pyramid_that_lacks_a_level(tmp_path):
+    np.save(tmp_path / "a.npy", noise(3, 16, 16, 3))
+    pack(tmp_path / "a.npy", tmp_path / "set", resolution=16, pyramid=True, progress=False)
+    assert findings(tmp_path / "set").lines == []
+    shutil.rmtree(tmp_path / "set" / "8")
+    assert findings(tmp_path / "set").lines == ["8/index.json: is missing"]
+
+
+@pytest.mark.parametrize("name", ["my shard.tar", "größe.tar"])
+def test_no_index_is_written_that_nothing_reads(tmp_path, name):
+    write_tar(tmp_path / name, [("a.png", encoded(noise(4, 4, 3)))])
+    with pytest.raises(UserError, match="is no name for a shard"):
+        make_index(str(tmp_path / name))
+    write_tar(tmp_path / "fine.tar", [("a.png", encoded(noise(4, 4, 3)))])
+    for split in ("all", "my split"):
+        with pytest.raises(UserError, match="is no name for a split"):
+            make_index(str(tmp_path / "fine.tar"), split=split)
+    assert not (tmp_path / "index.json").exists()

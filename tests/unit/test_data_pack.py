@@ -9,6 +9,9 @@ import io
 import json
 import multiprocessing
 import os
+import resource
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -25,6 +28,7 @@ from sivae.data.sources import natural_key, open_source, to_uint8
 from sivae.data.splits import assign
 from sivae.errors import UserError
 from sivae.storage import Folder
+from tests.processes import TIMEOUT_SEC, environment
 
 
 def noise(*shape, seed=0):
@@ -589,3 +593,73 @@ def test_pack_once_in_a_folder_that_is_something_else(tmp_path):
     with pytest.raises(UserError, match="remove it"):
         pack_once("digits:", tmp_path / "digits-8", resolution=8, progress=False)
     assert os.listdir(tmp_path) == ["digits-8"] and os.listdir(tmp_path / "digits-8") == ["thesis.txt"]
+
+
+def photographs(folder, count=3):
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(noise(6, 6, 3, seed=i)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_no_folder_is_passed_over(tmp_path):
+    photographs(tmp_path / "elsewhere")
+    photographs(tmp_path / "photos" / "a")
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert len(open_source(tmp_path / "photos", resolution=6)) == 6
+    (tmp_path / "photos" / "a" / "circle").symlink_to(tmp_path / "photos")
+    with pytest.raises(UserError, match="circle is a link to a folder that holds it"):
+        open_source(tmp_path / "photos", resolution=6)
+
+
+def test_a_folder_that_cannot_be_read_stops_it(tmp_path, monkeypatch):
+    photographs(tmp_path / "photos" / "a")
+    locked = photographs(tmp_path / "photos" / "b")
+    scan = os.scandir
+
+    def refuse(path):  # as for a user who may not; tests may run as root, who may
+        if os.fspath(path) == str(locked):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="Permission denied"):
+        open_source(tmp_path / "photos", resolution=6)
+
+
+def test_the_source_is_no_destination(tmp_path):
+    photographs(tmp_path / "photos")
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    for dest in ("photos", "photos/", "link"):
+        with pytest.raises(UserError, match="is the source itself"):
+            pack(tmp_path / "photos", f"{tmp_path}/{dest}", resolution=6, progress=False)
+    assert sorted(os.listdir(tmp_path / "photos")) == ["0.png", "1.png", "2.png"]
+
+
+def test_skipped_files_do_not_change_the_digest_of_equal_sets(tmp_path):
+    photographs(tmp_path / "photos")
+    (tmp_path / "photos" / "9.png").write_bytes(b"no image")
+    made = [
+        pack(tmp_path / "photos", tmp_path / name, resolution=6, skip_bad=True, progress=False) for name in ("a", "b")
+    ]
+    assert made[0].digest == made[1].digest and "0x" not in made[0].skipped[0]
+
+
+def test_packing_to_memory_stays_in_this_process(tmp_path):
+    photographs(tmp_path / "photos")
+    url = f"memory://{tmp_path.name}"
+    pack(tmp_path / "photos", url, resolution=6, num_workers=2, progress=False)
+    assert len(ImageStream(url, batch_size=1).sample(range(3)).images) == 3
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    def full(*_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    photographs(tmp_path / "photos", 20)
+    command = [sys.executable, "-m", "sivae", "pack", "photos", "set", "--resolution", "32", "--workers", "0"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), preexec_fn=full, capture_output=True, text=True, timeout=TIMEOUT_SEC
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot write" in done.stderr.splitlines()[-1]

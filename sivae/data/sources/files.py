@@ -4,6 +4,7 @@ All goes through `sivae.storage.Folder`, which opens its filesystem in the proce
 """
 
 import io
+import os
 import random
 import re
 import time
@@ -195,10 +196,36 @@ def find_files(folder: Folder, under: str = "") -> list[File]:
     """All files in a folder and those below it; hidden ones are left out."""
     root = folder.join(under) if under else folder.path
     with damage(shown(root), "check its address and credentials"):
-        found = ask(folder, lambda: folder.fs.find(root, detail=True))
+        found = walk(folder.fs, root) if folder.is_local else ask(folder, lambda: folder.fs.find(root, detail=True))
     top = len(folder.path.rstrip("/")) + 1
     files = [File(folder, path[top:], int(info.get("size") or 0), stamp(info)) for path, info in found.items()]
     return [file for file in files if not re.search(r"(^|/)\.", file.name)]
+
+
+def walk(fs, root: str) -> dict[str, dict]:
+    """path -> what the filesystem says of it, of all files below a local folder, links to folders followed.
+
+    fsspec's own `find` passes over folders that cannot be read, and over links to folders, without a word. Raises
+    OSError for the first, and UserError where links go round in a circle.
+    """
+
+    def stop(error: OSError):
+        raise error
+
+    found = {}
+    for folder, subfolders, names in os.walk(root, onerror=stop, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in subfolders:
+            target = os.path.realpath(os.path.join(folder, name))
+            if (
+                os.path.islink(os.path.join(folder, name))
+                and os.path.commonpath([target, os.path.realpath(folder)]) == target
+            ):
+                raise UserError(f"{os.path.join(folder, name)} is a link to a folder that holds it; remove the link")
+        for name in names:
+            path = os.path.join(folder, name)
+            found[path] = fs.info(path)
+    return found
 
 
 def base_name(folder: Folder) -> str:

@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sivae.data.sources.base import BadImage
 from sivae.errors import shown
@@ -26,6 +26,10 @@ def decode(data: bytes, where: str) -> tuple[np.ndarray, bytes | None]:
         with Image.open(io.BytesIO(data)) as image:
             plain = plain and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
             pixels = to_uint8(image)
+    except UnidentifiedImageError:  # its text has an address in memory
+        raise BadImage(
+            f"{where} cannot be read as an image (its bytes are of no known kind); repair or remove it"
+        ) from None
     except Exception as error:  # noqa: BLE001 - Pillow raises nearly anything on damaged files
         raise BadImage(f"{where} cannot be read as an image ({shown(error)}); repair or remove it") from None
     return pixels, data if plain else None
