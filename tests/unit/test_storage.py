@@ -37,7 +37,7 @@ def s3():
 @pytest.fixture(scope="module")
 def gs():
     """A Google Cloud Storage emulator with a bucket `storage`; only where it and gcsfs are installed."""
-    command = shutil.which("gcp-storage-emulator")
+    command = shutil.which("gcp-storage-emulator", path=os.path.dirname(sys.executable))  # beside this Python
     if command is None or importlib.util.find_spec("gcsfs") is None:
         pytest.skip("needs gcsfs and gcp-storage-emulator")
     port, patch = free_port(), pytest.MonkeyPatch()
