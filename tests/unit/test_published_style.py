@@ -4,7 +4,6 @@ recorded, also through `sivae import`, and that other, truncated and hostile fil
     python -m pytest tests/unit/test_published_style.py
 """
 
-import os
 import pickle
 import random
 from collections import OrderedDict, defaultdict
@@ -19,6 +18,7 @@ from sivae.cli import main
 from sivae.errors import UserError
 from sivae.models import inert_pickle, published
 from tests.unit.test_inference import model_of
+from tests.unit.test_published import Evil
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "golden" / "style_soft_intro_vae.npz")
 
@@ -175,14 +175,6 @@ def test_a_damaged_file_is_refused_or_read_but_never_a_traceback(tmp_path, old):
             published.read(str(path))
         except UserError:
             pass
-
-
-class Evil:
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
 
 
 @pytest.mark.parametrize("old", [False, True])
