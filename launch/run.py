@@ -62,7 +62,7 @@ def sizes(settings: Config, workers: range) -> list[int]:
     good, reason = [], None
     for number in workers:
         try:
-            settings.accumulation(number)
+            settings.passes(number)
             good.append(number)
         except ConfigError as error:
             reason = error

@@ -209,7 +209,7 @@ def load(path: str, overrides: list[str] = []) -> Spec:
             raise ConfigError(
                 f"space: {error}" if str(error).partition(":")[0] in " ".join(spec.keys) else str(error)
             ) from None
-        settings.accumulation(spec.workers)
+        settings.passes(spec.workers)
     if settings.run.storage_options or settings.data.storage_options:
         raise ConfigError("run.storage_options: a sweep keeps what trials were told; give credentials by --env instead")
     return spec

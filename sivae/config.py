@@ -199,11 +199,6 @@ class StyleModel(Section):
         """Values in one sample; the paper's s is one over it."""
         return self.num_channels * self.resolution**2
 
-    @property
-    def num_layers(self) -> int:
-        """Layers that take a style, two for each level of detail."""
-        return 2 * (self.resolution.bit_length() - 2)
-
     @model_validator(mode="after")
     def _check(self):
         if self.resolution & (self.resolution - 1):
@@ -339,7 +334,7 @@ class EngineSettings(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the networks in autocast; weights, optimizer and losses stay float32."""
     micro_batch_size: int | None = Field(None, gt=0)
-    """Images per rank and pass; gradients accumulate over passes. None takes the rank's whole share at once."""
+    """The most images that a rank takes at once; gradients accumulate over passes. None takes the rank's whole share."""
     recompute_from_pixels: int | None = Field(None, gt=0)
     """Activation checkpointing: blocks that work at so many pixels and above keep only their inputs, and are computed again
     in the backward pass. 1 takes all blocks, None none."""
@@ -353,11 +348,60 @@ class EngineSettings(Section):
         return self
 
 
+class LevelSettings(Section):
+    resolution: int = Field(gt=0)
+    """Height and width of the images at this level, in pixels: twice the level's before it."""
+    images: int | None = Field(None, gt=0)
+    """The level lasts for so many images. The last level has no number: it lasts to the end of the run."""
+    fade_images: int = Field(0, ge=0)
+    """Over its first so many images the level fades in."""
+    batch_size: int | None = Field(None, gt=0)
+    """Real images per step over all ranks; None means schedule.batch_size."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """The most images that a rank takes at once; None means engine.micro_batch_size."""
+    lr_factor: float = Field(1.0, gt=0)
+    """Multiplies the learning rates of both networks at this level."""
+    beta_neg_factor: float = Field(1.0, ge=0)
+    """Multiplies objective.beta_neg at this level."""
+
+
 class ScheduleSettings(Section):
     total_images: int = Field(gt=0)
     """The run ends when so many real images have been seen."""
     batch_size: int = Field(32, gt=0)
     """Real images per step over all ranks and accumulation passes together."""
+    levels: list[LevelSettings] = []
+    """Style family: grow progressively, through these levels of detail. Empty trains at model.resolution from the start.
+    At a new level the optimizers start anew, as published."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        for number, level in enumerate(self.levels):
+            where, last = f"levels.{number}", number == len(self.levels) - 1
+            if last and level.images is not None:
+                raise ValueError(
+                    f"{where}.images: the last level lasts to the end of the run; remove it, or add the level that follows"
+                )
+            if not last and level.images is None:
+                raise ValueError(f"{where}.images: is missing; only the last level lasts to the end of the run")
+            if number == 0 and level.fade_images:
+                raise ValueError(f"{where}.fade_images: the first level has none before it to fade from; set 0")
+            if number and level.resolution != 2 * self.levels[number - 1].resolution:
+                before = self.levels[number - 1].resolution
+                raise ValueError(
+                    f"{where}.resolution: {level.resolution} pixels follow {before}; each level doubles, so {2 * before} must"
+                )
+            stays = level.images or self.total_images - sum(other.images for other in self.levels[:-1])
+            if stays < 1:
+                raise ValueError(
+                    f"{where}: the levels before it take {self.total_images - stays} images, and total_images={self.total_images}"
+                    " leaves it none"
+                )
+            if level.fade_images > stays:
+                raise ValueError(
+                    f"{where}.fade_images: {level.fade_images} is more than the {stays} images that the level lasts"
+                )
+        return self
 
 
 class EmaSettings(Section):
@@ -418,6 +462,22 @@ class Config(Section):
             if getattr(self.model, "norm", None) == "batch":
                 # and its running statistics would be averaged twice
                 raise ValueError("engine.recompute_from_pixels: does not go with model.norm=batch; take another norm")
+        if self.schedule.levels:
+            levels = self.schedule.levels
+            if self.model.family != "style":
+                raise ValueError(
+                    f"schedule.levels: only the style family grows by levels, not {self.model.family}; remove it"
+                )
+            if levels[0].resolution < 4:
+                raise ValueError(f"schedule.levels.0.resolution: levels begin at 4 pixels, not {levels[0].resolution}")
+            if levels[-1].resolution != self.model.resolution:
+                raise ValueError(
+                    f"schedule.levels: they reach {levels[-1].resolution} pixels, not model.resolution={self.model.resolution}"
+                )
+            if not hasattr(self.objective, "beta_neg") and any(level.beta_neg_factor != 1 for level in levels):
+                raise ValueError(
+                    f"schedule.levels: objective {self.objective.name} has no beta_neg; remove beta_neg_factor"
+                )
         for name in ("encoder_optimizer", "decoder_optimizer"):
             if self.engine.offload_optimizer and getattr(self, name).eps_hat:
                 raise ValueError(
@@ -429,30 +489,47 @@ class Config(Section):
                     f"{name}.schedule.hold_images: warm-up and hold take {lr.warmup_images + lr.hold_images} images,"
                     f" more than schedule.total_images={self.schedule.total_images}"
                 )
-        if self.schedule.batch_size > self.schedule.total_images:
-            raise ValueError(
-                f"schedule.batch_size: {self.schedule.batch_size} is more than"
-                f" schedule.total_images={self.schedule.total_images}"
-            )
+        for level in self.levels():
+            if level.batch_size > self.schedule.total_images:
+                raise ValueError(
+                    f"schedule.batch_size: {level.batch_size} is more than"
+                    f" schedule.total_images={self.schedule.total_images}"
+                )
         return self
 
-    def accumulation(self, world_size: int) -> int:
-        """Passes per step on `world_size` ranks. Raises ConfigError when the global batch does not divide."""
-        batch, micro = self.schedule.batch_size, self.engine.micro_batch_size
-        if batch % world_size:
-            raise ConfigError(
-                f"schedule.batch_size: {batch} images do not divide over {world_size} ranks;"
-                f" {batch - batch % world_size or world_size} or {batch - batch % world_size + world_size} would"
+    def levels(self) -> list[LevelSettings]:
+        """The levels of the run, nothing left out: those of schedule.levels, or one for the whole run."""
+        return [
+            level.model_copy(
+                update={
+                    "batch_size": level.batch_size or self.schedule.batch_size,
+                    "micro_batch_size": level.micro_batch_size or self.engine.micro_batch_size,
+                }
             )
-        share = batch // world_size
-        if micro is None:
-            return 1
-        if share % micro:
-            raise ConfigError(
-                f"engine.micro_batch_size: {micro} does not divide the {share} images of a rank"
-                f" (schedule.batch_size={batch} over {world_size} ranks)"
-            )
-        return share // micro
+            for level in self.schedule.levels or [LevelSettings(resolution=self.model.resolution)]
+        ]
+
+    def passes(self, world_size: int) -> list[int]:
+        """Accumulation passes per step on `world_size` ranks, for each of `levels`.
+
+        Ranks may have shares of different size, and so may passes. Raises ConfigError where one would have no image.
+        """
+        found = []
+        for level in self.levels():
+            where = f"schedule.levels, {level.resolution} pixels" if self.schedule.levels else "schedule.batch_size"
+            least, share = level.batch_size // world_size, -(-level.batch_size // world_size)
+            if not least:
+                raise ConfigError(
+                    f"{where}: {level.batch_size} images a step are too few for {world_size} ranks; each needs one"
+                )
+            passes = -(-share // (level.micro_batch_size or share))
+            if passes > least:
+                raise ConfigError(
+                    f"{where}: {level.batch_size} images a step in passes of {level.micro_batch_size} leave some of"
+                    f" {world_size} ranks without an image in the last pass; make micro_batch_size 2 or more"
+                )
+            found.append(passes)
+        return found
 
 
 def load(path: str, overrides: Iterable[str] = ()) -> Config:

@@ -86,12 +86,13 @@ def _check_config(path: str, overrides: list[str], line) -> None:
     except UserError as error:
         line(False, f"run.directory: {error}")
     try:
-        data = settings.data
-        stream = open_stream(
-            **data.model_dump(), resolution=settings.model.resolution, num_channels=settings.model.num_channels,
-            batch_size=settings.schedule.batch_size,
-        )  # fmt: skip
-        stream.sample([0, len(stream) - 1])
+        data, model = settings.data, settings.model
+        for level in settings.levels():
+            stream = open_stream(
+                **data.model_dump(), resolution=level.resolution, shrunk_from=model.resolution, num_channels=model.num_channels,
+                batch_size=level.batch_size,
+            )  # fmt: skip
+            stream.sample([0, len(stream) - 1])
         line(True, f"data.url {data.url}: {len(stream):,} images, the first and the last can be read")
     except UserError as error:
         line(False, f"data.url: {error}")

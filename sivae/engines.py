@@ -82,7 +82,7 @@ class Engine:
         }
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
         self.engine, _, _, _ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=settings)
-        self._reset_optimizer()
+        self._init_optimizer()
         self.average = [tensor.clone() for tensor in self._live()]
         self.average_buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
         self.grad_norm = torch.zeros((), device=group.device)
@@ -114,6 +114,23 @@ class Engine:
         if last and self.zero_stage:
             norm = self.engine.get_global_grad_norm()
             self.grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.group.device)
+
+    def set_accumulation(self, passes: int) -> None:
+        """Passes that make a step, from the next one on. Called between steps."""
+        engine = self.engine
+        engine.set_train_batch_size(engine.train_micro_batch_size_per_gpu() * passes * self.group.world_size)
+        engine.micro_steps = 0  # where DeepSpeed counts the passes of a step from
+        if self.zero_stage:
+            engine.optimizer.gradient_accumulation_steps = passes
+
+    @torch.no_grad()
+    def reset_optimizer(self) -> None:
+        """Adam's state as before the first step."""
+        self.num_steps = 0
+        for values in self._adam().state.values():
+            for moment in MOMENTS:
+                values[moment].zero_()
+            values["step"] = values["step"].zero_() if isinstance(values["step"], Tensor) else 0
 
     def gradient_norm(self) -> Tensor | None:
         """Norm of the whole gradient before the step, where it is whole: at stage 0. Under ZeRO `step` leaves it in `grad_norm`."""
@@ -159,8 +176,8 @@ class Engine:
                 else:
                     tensors = [ds.safe_get_full_optimizer_state(p, moment) for p in self.network.parameters()]
                 state |= {f"{moment}.{name}": tensor for name, tensor in self._gather(tensors, main_only).items()}
-        steps = [values["step"] for values in adam.state.values()]
-        return state | {"step": torch.as_tensor(steps[0], dtype=torch.float32).cpu().reshape(())}
+        # Not Adam's own count: a level of detail that is not in use yet has taken no step.
+        return state | {"step": torch.tensor(float(self.num_steps))}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -228,7 +245,7 @@ class Engine:
         for parameter, requires_grad in zip(self.network.parameters(), before):
             parameter.requires_grad_(requires_grad)
 
-    def _reset_optimizer(self) -> None:
+    def _init_optimizer(self) -> None:
         """Adam's state as before the first step, present from the start, so that a checkpoint can be loaded into it."""
         adam = self._adam()
         if self.zero_stage == 3:

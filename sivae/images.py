@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -18,6 +19,21 @@ def to_float(images: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
 def to_uint8(images: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """float in [low, high], clamped -> uint8, rounded to the nearest."""
     return ((images.float() - low) * (255 / (high - low))).clamp(0, 255).round().to(torch.uint8)
+
+
+def at_level(images: Tensor, resolution: int, blend: float = 1.0) -> Tensor:
+    """Float [B, C, H, W] -> [B, C, resolution, resolution] as a level of progressive growing takes them.
+
+    Shrunk by the mean of each square of pixels. While the level fades in (blend below 1) also mixed with their own half size,
+    enlarged again, so that detail arrives at the rate of the layers that are to make it.
+    """
+    factor = images.shape[-1] // resolution
+    if factor > 1:
+        images = F.avg_pool2d(images, factor)
+    if blend < 1:
+        coarse = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="nearest")
+        images = torch.lerp(coarse, images, blend)
+    return images
 
 
 def pixels(image: Tensor) -> np.ndarray:

@@ -39,12 +39,15 @@ class Model:
         )
         self.value_range = models.VALUE_RANGES[settings["family"]]
         self.latent_dim, self.num_classes = settings["latent_dim"], settings["num_classes"]
+        # Of a run that was still growing: the level and blend that its networks were trained at.
+        self.stage = self.info.get("stage", {})
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
         if "sample_shape" in self.settings:
             return tuple(self.settings["sample_shape"])
-        return (self.settings["num_channels"], self.settings["resolution"], self.settings["resolution"])
+        resolution = 4 << self.stage["level"] if self.stage else self.settings["resolution"]
+        return (self.settings["num_channels"], resolution, resolution)
 
     @torch.no_grad()
     def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -57,7 +60,7 @@ class Model:
         images = to_float(images, *self.value_range) if images.dtype == torch.uint8 else images
         if self.num_classes and labels is None:
             raise UserError(f"this model is conditional on {self.num_classes} classes: give the images' labels")
-        return self.encoder(images, self._labels(labels, len(images)))
+        return self.encoder(images, self._labels(labels, len(images)), **self.stage)
 
     @torch.no_grad()
     def decode(
@@ -69,10 +72,10 @@ class Model:
         pulls the styles of its first `truncation_layers` layers (published 8; None: of all) to the average style: less
         variety, fewer bad images.
         """
-        extra = {}
+        extra = dict(self.stage)
         if truncation != 1:
             self._require_style("truncation")
-            extra = {"truncation": truncation, "truncation_layers": truncation_layers}
+            extra |= {"truncation": truncation, "truncation_layers": truncation_layers}
         return self.decoder(z.to(self.device), self._labels(labels, len(z)), **extra)
 
     def sample(
@@ -96,7 +99,7 @@ class Model:
     def num_layers(self) -> int:
         """Layers of a style model that take a style: two for each level of detail."""
         self._require_style("layers of styles")
-        return 2 * self.decoder.num_levels
+        return models.style.num_layers(self.sample_shape[-1])
 
     def mix(
         self, coarse: Tensor, fine: Tensor, num_coarse: int, labels: Tensor | None = None, *, truncation: float = 1.0,
@@ -185,7 +188,7 @@ def load(
     model = Model(
         _model_settings(found.state["model"], path),
         device,
-        {k: found.state[k] for k in ("images_seen", "objective", "data") if k in found.state},
+        {k: found.state[k] for k in ("images_seen", "objective", "data", "stage") if k in found.state},
     )
     fill(model, next(iter(found.tensors.values())), path)
     return model

@@ -1,6 +1,7 @@
-"""What changes over a run, as pure functions of the images seen: learning rates, EMA decay, due dates."""
+"""What changes over a run, as pure functions of the images seen: levels of detail, learning rates, EMA decay, due dates."""
 
 import math
+from collections.abc import Sequence
 
 
 def lr_factor(
@@ -17,6 +18,21 @@ def lr_factor(
         progress = min(max((images_seen - start) / max(total_images - start, 1), 0.0), 1.0)
         return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
     return 1.0
+
+
+def level_at(images_seen: int, levels: Sequence[tuple[int | None, int]]) -> tuple[int, float]:
+    """Progressive growing: which level the step that begins at `images_seen` trains, and its blend in [0, 1].
+
+    `levels`: for each the images that it lasts (the last one's is ignored) and those over which it fades in. The blend is the
+    weight of the new level beside the one below: half a period of a cosine, as published (style Soft-IntroVAE, after ALAE).
+    """
+    start = 0
+    for index, (lasts, fade) in enumerate(levels):
+        if index == len(levels) - 1 or images_seen < start + lasts:
+            break
+        start += lasts
+    progress = (images_seen - start) / fade if images_seen - start < fade else 1.0
+    return index, 0.5 - 0.5 * math.cos(math.pi * progress)
 
 
 def ema_decay(images_seen: int, batch_size: int, halflife_images: float, rampup_ratio: float | None) -> float:

@@ -23,7 +23,7 @@ class TrainingState:
     """All methods are collectives: every rank calls them."""
 
     def __init__(self, settings: Config, group: Group, accumulation: int):
-        self.group = group
+        self.settings, self.group = settings, group
         encoder, decoder = models.build(seed=settings.run.seed, **settings.model.model_dump())
         if settings.engine.recompute_from_pixels is not None:
             for network in (encoder, decoder):
@@ -34,14 +34,22 @@ class TrainingState:
         self.gate = FiniteGate(group)
         engine = settings.engine.model_dump(exclude={"micro_batch_size", "recompute_from_pixels"})
         engine |= {
-            "micro_batch_size": settings.schedule.batch_size // group.world_size // accumulation,
+            "micro_batch_size": 1,  # DeepSpeed only counts with it
             "accumulation": accumulation, "found_inf": self.gate.found_inf,
         }  # fmt: skip
         self.encoder, self.decoder = (
             Engine(network, group, **optimizer.model_dump(exclude={"schedule"}), **engine)
             for network, optimizer in ((encoder, settings.encoder_optimizer), (decoder, settings.decoder_optimizer))
         )
-        self.objective = objectives.build(num_values=settings.model.num_values, **settings.objective.loss_fields())
+        self.set_objectives()
+
+    def set_objectives(self, beta_neg_factor: float = 1.0) -> None:
+        """The objective and its plain VAE, with `beta_neg` times a factor."""
+        settings = self.settings
+        fields = settings.objective.loss_fields()
+        if beta_neg_factor != 1:
+            fields["beta_neg"] *= beta_neg_factor
+        self.objective = objectives.build(num_values=settings.model.num_values, **fields)
         self.vae = objectives.Vae(
             settings.objective.beta_rec, settings.objective.beta_kl, settings.objective.reconstruction
         )

@@ -6,7 +6,9 @@ the updated encoder, decoder step; then the running averages.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from sivae.augment import Augmented
 from sivae.distributed import Group
 from sivae.engines import Engine, freeze
 from sivae.models.style import average_styles
-from sivae.objectives import Draws, Vae
+from sivae.objectives import Draws, Phase, Vae
 
 
 @dataclass(frozen=True)
@@ -75,19 +77,37 @@ class FiniteGate:
 
 @dataclass(frozen=True)
 class Pass:
-    """One accumulation pass of a rank: images in the family's range, labels, draws."""
+    """One accumulation pass of a rank: images in the family's range, labels, draws, and its share of the step.
+
+    `weight` is its number of images over the mean of all passes of all ranks, so that every image counts the same.
+    """
 
     x: Tensor
     labels: Tensor | None
     draws: Draws
+    weight: float = 1.0
+
+    def weigh(self, phase: Phase) -> Phase:
+        if self.weight == 1:
+            return phase
+        terms = {name: self.weight * term for name, term in phase.terms.items()}
+        return replace(phase, loss=self.weight * phase.loss, terms=terms)
 
 
 def train_step(
     encoder: Engine, decoder: Engine, target_decoder: nn.Module | None, objective: Vae | Augmented, passes: list[Pass], gate: FiniteGate,
-    images_seen: int, lr_encoder: float, lr_decoder: float, ema_decay: float,
+    images_seen: int, lr_encoder: float, lr_decoder: float, ema_decay: float, stage: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Train both networks on one global batch. Returns this rank's terms, averaged over the passes, on the device."""
+    """Train both networks on one global batch. Returns this rank's terms, averaged over the passes, on the device.
+
+    `stage` is handed to every call of a network: level and blend of the style family.
+    """
     sums: dict[str, Tensor] = {}
+    networks = [encoder.network, decoder.network, target_decoder]
+    if stage:
+        networks = [network and partial(network, **stage) for network in networks]
+    encode, decode, decode_target = networks
+    weights = [item.weight for item in passes]
 
     def note(terms: dict[str, Tensor]) -> None:
         gate.watch(terms)
@@ -96,11 +116,11 @@ def train_step(
 
     freeze(trained=encoder.network, frozen=decoder.network)
     latents = []
-    with average_styles(decoder.network, len(passes), gate.group.mean):
+    with average_styles(decoder.network, weights, gate.group.mean):
         for index, item in enumerate(passes):
             phase = encoder.phase(
-                lambda: objective.encoder_phase(
-                    encoder.network, decoder.network, item.x, item.draws, item.labels, target_decoder
+                lambda: item.weigh(
+                    objective.encoder_phase(encode, decode, item.x, item.draws, item.labels, decode_target)
                 )
             )
             note(phase.terms)
@@ -108,11 +128,11 @@ def train_step(
             _step(encoder, lr_encoder, gate, "grad_norm_encoder", images_seen, last=index == len(passes) - 1)
 
     freeze(trained=decoder.network, frozen=encoder.network)
-    with average_styles(decoder.network, len(passes), gate.group.mean):
+    with average_styles(decoder.network, weights, gate.group.mean):
         for index, (item, z) in enumerate(zip(passes, latents)):
             phase = decoder.phase(
-                lambda: objective.decoder_phase(
-                    encoder.network, decoder.network, item.x, z, item.draws, item.labels, target_decoder
+                lambda: item.weigh(
+                    objective.decoder_phase(encode, decode, item.x, z, item.draws, item.labels, decode_target)
                 )
             )
             note(phase.terms)

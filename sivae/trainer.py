@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,13 +75,14 @@ def train(settings: Config, report: Report = lambda metrics, name: None) -> Resu
 class Trainer:
     def __init__(self, settings: Config, group: Group, report: Report):
         self.settings, self.group, self.report = settings, group, report
-        self.batch_size, self.accumulation = settings.schedule.batch_size, settings.accumulation(group.world_size)
+        self.levels, self.passes = settings.levels(), settings.passes(group.world_size)
+        self.level, self.blend = 0, 1.0  # which of the levels, and how far it has faded in
         self.folder = Folder(settings.run.directory, settings.run.storage_options)
         self.lock = None
         group.on_main(self._prepare)
         found = self._read_checkpoint()
-        self.stream = self._open_stream()
-        self.state = TrainingState(settings, group, self.accumulation)
+        self.streams = self._open_streams()
+        self.state = TrainingState(settings, group, self.passes[0])
         self.images_seen, self.attempt = 0, 0
         self.saved: checkpoint.Checkpoint | None = None
         self.metrics: dict[str, float] = {}
@@ -90,8 +92,10 @@ class Trainer:
         self.stop_asked = False
         if found is not None:
             self._restore(found)
-        elif settings.run.init_from:
-            self.state.start_from(settings.run.init_from, settings)
+        else:
+            self._enter(0)
+            if settings.run.init_from:
+                self.state.start_from(settings.run.init_from, settings)
         self.tracker = Tracker(
             self.folder, settings.schedule.total_images, tensorboard=settings.tracking.tensorboard,
             progress=settings.tracking.progress, settings_yaml=config.dump_yaml(settings),
@@ -130,9 +134,10 @@ class Trainer:
             self._save()  # something to return to
         # On a CPU the host may look after every step: there it waits for nothing. An offloaded optimizer waits anyway.
         always_looks = self.group.device.type == "cpu" or self.settings.engine.offload_optimizer
-        batches = self.stream.batches(self.images_seen)
+        batches = self._grow() or self.stream.batches(self.images_seen)
         self._start_interval()
         while self.images_seen < total:
+            batches = self._grow() or batches
             batch = self._next(batches, stop)
             if batch is not None:
                 self._step(batch)
@@ -155,6 +160,45 @@ class Trainer:
             if batch is None:
                 return True
         return False
+
+    # Levels of detail
+
+    @property
+    def stream(self) -> ImageStream:
+        return self.streams[self.level]
+
+    @property
+    def batch_size(self) -> int:
+        return self.levels[self.level].batch_size
+
+    @property
+    def resolution(self) -> int:
+        """Of the images that the networks see."""
+        return self.levels[self.level].resolution
+
+    def _grow(self) -> Iterator[Batch] | None:
+        """The schedule's level and blend for the next step. At a new level the optimizers start anew; returns its batches."""
+        lengths = [(level.images, level.fade_images) for level in self.levels]
+        level, self.blend = schedule.level_at(self.images_seen, lengths)
+        if level == self.level:
+            return None
+        self._enter(level)
+        self.state.encoder.reset_optimizer()
+        self.state.decoder.reset_optimizer()
+        self.tracker.note(f"{self.resolution} pixels from {self.images_seen:,} images on, {self.batch_size} a step")
+        return self.stream.batches(self.images_seen)
+
+    def _enter(self, level: int) -> None:
+        self.level = level
+        self.state.encoder.set_accumulation(self.passes[level])
+        self.state.decoder.set_accumulation(self.passes[level])
+        self.state.set_objectives(self.levels[level].beta_neg_factor)
+
+    def _stage(self) -> dict[str, Any]:
+        """What the networks are called with beside their inputs."""
+        if not self.settings.schedule.levels:
+            return {}
+        return {"level": models.style.level_of(self.resolution), "blend": self.blend}
 
     # A step
 
@@ -189,9 +233,10 @@ class Trainer:
 
     def _step(self, batch: Batch) -> None:
         settings, state, start = self.settings, self.state, self.images_seen
+        factor = self.levels[self.level].lr_factor
         end, total, ema = start + self.batch_size, settings.schedule.total_images, settings.ema
         self.rates = {
-            name: optimizer.lr * schedule.lr_factor(end, total, **optimizer.schedule.model_dump())
+            name: optimizer.lr * factor * schedule.lr_factor(end, total, **optimizer.schedule.model_dump())
             for name, optimizer in (
                 ("lr_encoder", settings.encoder_optimizer),
                 ("lr_decoder", settings.decoder_optimizer),
@@ -203,6 +248,7 @@ class Trainer:
         terms = train_step(
             state.encoder, state.decoder, state.target, state.vae if warm_up else state.objective, self._passes(batch), state.gate,
             start, **self.rates, ema_decay=schedule.ema_decay(end, self.batch_size, ema.halflife_images, ema.rampup_ratio),
+            stage=self._stage(),
         )  # fmt: skip
         for name, term in terms.items():
             total_so_far, steps = self.sums.get(name, (0.0, 0))
@@ -218,20 +264,33 @@ class Trainer:
 
     def _passes(self, batch: Batch) -> list[Pass]:
         """This rank's images in accumulation passes, each with the draws of its image numbers."""
-        device, model = self.group.device, self.settings.model
+        device, model, num_passes = self.group.device, self.settings.model, self.passes[self.level]
         numbers = range(self.images_seen + self.group.rank, self.images_seen + self.batch_size, self.group.world_size)
-        x = images.to_float(batch.images.to(device, non_blocking=True), *models.VALUE_RANGES[model.family])
+        x = self._as_input(batch.images)
         labels = batch.labels.to(device, non_blocking=True) if model.num_classes else None
-        size = len(numbers) // self.accumulation
-        parts = [slice(first, first + size) for first in range(0, len(numbers), size)]
-        return [Pass(x[i], labels if labels is None else labels[i], self._draws(numbers[i])) for i in parts]
+        ends = [len(numbers) * index // num_passes for index in range(num_passes + 1)]
+        mean_size = self.batch_size / self.group.world_size / num_passes
+        return [
+            Pass(
+                x[first:end], labels if labels is None else labels[first:end], self._draws(numbers[first:end]),
+                weight=(end - first) / mean_size,
+            )
+            for first, end in zip(ends, ends[1:])
+        ]  # fmt: skip
+
+    def _as_input(self, pixels: Tensor) -> Tensor:
+        """uint8 images as the networks take them at this level: on the device, float in the family's range."""
+        low, high = models.VALUE_RANGES[self.settings.model.family]
+        x = images.to_float(pixels.to(self.group.device, non_blocking=True), low, high)
+        return images.at_level(x, self.resolution, self.blend)
 
     def _draws(self, numbers: range) -> Draws:
         model, objective, device = self.settings.model, self.settings.objective, self.group.device
         key = (self.settings.run.seed, numbers, model.latent_dim, device, self.attempt)
         if model.family == "style":
             mixing = getattr(objective, "style_mixing", 0.0)
-            draws = randomness.style_draws(*key, mixing=mixing, num_layers=model.num_layers)
+            num_layers = models.style.num_layers(self.resolution)
+            draws = randomness.style_draws(*key, mixing=mixing, num_layers=num_layers)
         else:
             draws = randomness.step_draws(*key)
         uniform = randomness.augment_draws(key[0], numbers, device, self.attempt) if objective.augment else None
@@ -264,6 +323,7 @@ class Trainer:
     def _start_interval(self) -> None:
         self.sums: dict[str, tuple[Tensor, int]] = {}
         self.steps, self.data_wait_sec, self.interval_start_sec = 0, 0.0, time.monotonic()
+        self.interval_start_images = self.images_seen
 
     def _log(self) -> None:
         """Means since the last time, over steps and ranks. The only place where the host reads losses."""
@@ -281,10 +341,16 @@ class Trainer:
             f"{sections.get(name.partition('_')[0], 'terms')}/{name}": value for name, value in terms.items()
         }
         self.metrics |= {f"optimizer/{name}": value for name, value in self.rates.items()} | {
-            "speed/images_per_sec": self.steps * self.batch_size / elapsed,
+            "speed/images_per_sec": (self.images_seen - self.interval_start_images) / elapsed,
             "speed/data_wait_fraction": self.data_wait_sec / elapsed,
             "memory/peak_bytes": peak_memory_bytes(self.group.device),
         }
+        if self.settings.schedule.levels:
+            self.metrics |= {
+                "schedule/resolution": self.resolution,
+                "schedule/blend": self.blend,
+                "schedule/batch_size": self.batch_size,
+            }
         if self.settings.data.on_corrupt == "substitute":
             self._count_substituted()
             self.metrics["data/substituted"] = self.substituted
@@ -305,12 +371,13 @@ class Trainer:
         average = self.state.average()
 
         def draw() -> str:
-            model = inference.Model(self.settings.model.model_dump(), self.group.device)
+            model = inference.Model(self.settings.model.model_dump(), self.group.device, {"stage": self._stage()})
             inference.fill(model, average, "the running average")
             batch = self.stream.sample(range(min(self.settings.tracking.picture_count, len(self.stream))))
-            mu, logvar = model.encode(batch.images, batch.labels)
+            real = self._as_input(batch.images)
+            mu, logvar = model.encode(real, batch.labels)
             parts = {
-                "real": batch.images,
+                "real": model.to_uint8(real).cpu(),
                 "reconstructed": model.to_uint8(model.decode(mu, batch.labels)).cpu(),
                 "sampled": model.to_uint8(model.sample(len(mu), seed=self.settings.run.seed)).cpu(),
             }
@@ -326,23 +393,27 @@ class Trainer:
         self.lock = run_directory.lock(self.folder)
         run_directory.prepare(self.folder, self.settings, self.group.world_size)
 
-    def _open_stream(self) -> ImageStream:
-        """On every rank by itself; what one cannot open is an error of all."""
-        data, model, group = self.settings.data, self.settings.model, self.group
-        stream, failure = None, None
+    def _open_streams(self) -> list[ImageStream]:
+        """One for each level, on every rank by itself; what one cannot open is an error of all."""
+        streams, failure = [], None
         try:
-            stream = open_stream(
-                **data.model_dump(), resolution=model.resolution, num_channels=model.num_channels, batch_size=self.batch_size,
-                rank=group.rank, world_size=group.world_size, seed=self.settings.run.seed, pin_memory=group.device.type == "cuda",
-                progress=group.is_main,
-            )  # fmt: skip
-            if model.num_classes and (stream.num_classes or 0) != model.num_classes:
-                raise UserError(
-                    f"model.num_classes: is {model.num_classes}, but {shown(data.url)} has {stream.num_classes or 'no'} classes"
-                )
+            streams = [self._open_stream(level) for level in self.levels]
         except UserError as error:
             failure = error
-        group.agree(False, failure)
+        self.group.agree(False, failure)
+        return streams
+
+    def _open_stream(self, level: config.LevelSettings) -> ImageStream:
+        data, model, group = self.settings.data, self.settings.model, self.group
+        stream = open_stream(
+            **data.model_dump(), resolution=level.resolution, shrunk_from=model.resolution, num_channels=model.num_channels,
+            batch_size=level.batch_size, rank=group.rank, world_size=group.world_size, seed=self.settings.run.seed,
+            pin_memory=group.device.type == "cuda", progress=group.is_main,
+        )  # fmt: skip
+        if model.num_classes and (stream.num_classes or 0) != model.num_classes:
+            raise UserError(
+                f"model.num_classes: is {model.num_classes}, but {shown(data.url)} has {stream.num_classes or 'no'} classes"
+            )
         return stream
 
     def _save(self) -> None:
@@ -354,7 +425,8 @@ class Trainer:
         state = {
             "images_seen": self.images_seen, "attempt": self.attempt, "negative_gaps": self.negative_gaps, "substituted": self.substituted, "model": self.settings.model.model_dump(mode="json"),
             "objective": self.settings.objective.model_dump(mode="json"), "seed": self.settings.run.seed,
-            "data": {"url": shown(self.settings.data.url), "digest": self.stream.digest}, "version": __version__,
+            "data": {"url": shown(self.settings.data.url), "digest": self.streams[-1].digest}, "version": __version__,
+            "resolution": self.resolution, "stage": self._stage(),
         }  # fmt: skip
         name = self.group.on_main(
             lambda: checkpoint.save(self.folder, state, tensors, self.settings.run.keep_checkpoints)
@@ -384,11 +456,19 @@ class Trainer:
         )
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        if found.state["data"]["digest"] != self.stream.digest and self.group.is_main:
+        if found.state["data"]["digest"] != self.streams[-1].digest and self.group.is_main:
             print(
                 f"sivae: {shown(self.settings.data.url)} is not the set that checkpoint {found.name} was trained on",
                 file=sys.stderr,
             )
+        resolutions = [level.resolution for level in self.levels]
+        resolution = found.state.get("resolution", self.settings.model.resolution)
+        if resolution not in resolutions:
+            raise UserError(
+                f"{self.folder.url}: checkpoint {found.name} was trained at {resolution} pixels, which is none of"
+                " schedule.levels; set another run.directory, or the levels as they were"
+            )
+        self._enter(resolutions.index(resolution))
         self.state.restore(found.tensors)
         self.images_seen, self.attempt = found.images_seen, found.state["attempt"]
         self.negative_gaps = found.state["negative_gaps"]

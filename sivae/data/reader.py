@@ -39,10 +39,10 @@ MAX_SUBSTITUTES = 8  # damaged samples in a row until the set is taken for lost
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a global batch of B."""
+    """One rank's part of a global batch: every world_size-th image, so parts may differ in size by one."""
 
-    images: torch.Tensor  # uint8 [B / world_size, C, H, W], channels last in memory
-    labels: torch.Tensor | None  # int64 [B / world_size]; None when the set has none
+    images: torch.Tensor  # uint8 [B, C, H, W], channels last in memory
+    labels: torch.Tensor | None  # int64 [B]; None when the set has none
     substituted: tuple[str, ...] = ()  # for each sample that another stands in for, what is wrong with it
 
     def pin_memory(self) -> "Batch":
@@ -91,10 +91,9 @@ class ImageStream:
         self.where = where = shown(self.folder.url)  # as errors name it
         whole = Index.load(self.folder)
         self.index = index = whole.split(split)
-        if batch_size < 1 or world_size < 1 or batch_size % world_size:
+        if batch_size < 1 or world_size < 1 or batch_size < world_size:
             raise UserError(
-                f"a global batch_size of {batch_size} does not divide among {world_size} ranks; "
-                f"make it a multiple of {world_size}"
+                f"a global batch_size of {batch_size} is too small for {world_size} ranks; each needs an image of every batch"
             )
         if batch_size > index.count:
             raise UserError(

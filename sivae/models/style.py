@@ -13,7 +13,7 @@ Parameters map one to one to the published ones (see `models.published_style`).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -123,9 +123,19 @@ class Mapping(nn.Module):
         return x
 
 
-def num_levels(resolution: int) -> int:
+def level_of(resolution: int) -> int:
     """4 pixels are level 0, and each level doubles them."""
-    return int(math.log2(resolution)) - 1
+    return resolution.bit_length() - 3
+
+
+def num_levels(resolution: int) -> int:
+    """Levels up to a resolution."""
+    return level_of(resolution) + 1
+
+
+def num_layers(resolution: int) -> int:
+    """Layers of the decoder that take a style, up to a resolution."""
+    return 2 * num_levels(resolution)
 
 
 def widths(resolution: int, base_channels: int, max_channels: int) -> list[int]:
@@ -333,12 +343,12 @@ def check_level(level: int | None, num_levels: int) -> int:
 
 
 @contextmanager
-def average_styles(decoder: nn.Module, num_passes: int, mean: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def average_styles(decoder: nn.Module, weights: Sequence[float], mean: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Move the decoder's average style by the styles of one training phase, when the phase is over.
 
-    As published, by each call's batch mean in turn; but by the mean over the phase's `num_passes` accumulation passes, each
-    with the same calls, and over ranks (`mean` is that collective), so that neither changes more than rounding.
-    Does nothing for a network of another family.
+    As published, by each call's batch mean in turn; but by the mean over the phase's accumulation passes, each with the same
+    calls, and over ranks (`mean` is that collective), so that neither changes more than rounding. `weights` are the
+    shares of the passes, all 1 where they have as many images each. Does nothing for a network of another family.
     """
     if not isinstance(decoder, StyleDecoder):
         yield
@@ -350,6 +360,7 @@ def average_styles(decoder: nn.Module, num_passes: int, mean: Callable[[Tensor],
     finally:
         hook.remove()
     with torch.no_grad():
-        calls = mean(torch.stack(seen).float().unflatten(0, (num_passes, -1)).mean(0))
-        for style in calls:
+        calls = torch.stack(seen).float().unflatten(0, (len(weights), -1))
+        calls = torch.stack([weight * part for weight, part in zip(weights, calls)]).mean(0)
+        for style in mean(calls):
             decoder.average_style.lerp_(style, 1 - decoder.average_style_decay)

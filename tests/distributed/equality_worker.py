@@ -48,18 +48,24 @@ def plain(objective):
 
 def engines(objective, group, stage, accumulation):
     gate = FiniteGate(group)
-    share = BATCH // group.world_size
     encoder, decoder = (
         Engine(
             network, group, lr=2e-4, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, clip_grad_norm=CLIP, zero_stage=stage,
-            precision="float32", offload_optimizer=False, micro_batch_size=share // accumulation, accumulation=accumulation,
-            found_inf=gate.found_inf,
+            precision="float32", offload_optimizer=False, micro_batch_size=1, accumulation=3, found_inf=gate.found_inf,
         )
         for network in models.build(seed=3, **MODEL)
     )  # fmt: skip
+    for engine in (encoder, decoder):
+        engine.set_accumulation(accumulation)
     for index, (x, draws) in enumerate(batches()):
-        mine = torch.arange(BATCH)[group.rank :: group.world_size].split(share // accumulation)
-        passes = [Pass(x[i], None, Draws(*(getattr(draws, name)[i] for name in Draws.names()))) for i in mine]
+        mine = torch.arange(BATCH)[group.rank :: group.world_size].tensor_split(accumulation)
+        passes = [
+            Pass(
+                x[i], None, Draws(*(getattr(draws, name)[i] for name in Draws.names())),
+                weight=len(i) * group.world_size * accumulation / BATCH,
+            )
+            for i in mine
+        ]  # fmt: skip
         train_step(
             encoder, decoder, None, objective, passes, gate, index, lr_encoder=2e-4, lr_decoder=2e-4, ema_decay=0.5
         )
@@ -77,6 +83,8 @@ def engines(objective, group, stage, accumulation):
         engine.load_average_state_dict({name: value + 1 for name, value in average.items()})
         engine.load_average_state_dict(average)
         assert all(torch.equal(engine.average_state_dict()[name], value) for name, value in average.items())
+        engine.reset_optimizer()
+        assert not any(value.any() for value in engine.optimizer_state_dict().values())
     return states
 
 

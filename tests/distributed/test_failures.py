@@ -78,10 +78,10 @@ def test_batch_larger_than_the_set(arguments):
     assert "1797" in refused(run_sivae(arguments("schedule.batch_size=1800", "schedule.total_images=3600")))
 
 
-def test_batch_that_does_not_divide_over_ranks(arguments):
-    done = run_sivae(arguments("schedule.batch_size=15"), ranks=2)
+def test_batch_that_is_smaller_than_the_ranks(arguments):
+    done = run_sivae(arguments("schedule.batch_size=1"), ranks=2)
     assert done.returncode != 0
-    assert done.stderr.count("15 images do not divide over 2 ranks") == 1
+    assert done.stderr.count("1 images a step are too few for 2 ranks") == 1
 
 
 def test_a_second_run_in_the_same_directory(arguments, tmp_path):

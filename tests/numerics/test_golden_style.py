@@ -157,13 +157,13 @@ def test_objectives():
         x, draws = golden.step(index)
         freeze(trained=encoder, frozen=decoder)
         encoder.zero_grad()
-        with average_styles(decoder, 1, lambda value: value):
+        with average_styles(decoder, [1.0], lambda value: value):
             first = objective.encoder_phase(encoder, decoder, x, draws)
         first.loss.backward()
         adams["encoder"].step()
         freeze(trained=decoder, frozen=encoder)
         decoder.zero_grad()
-        with average_styles(decoder, 1, lambda value: value):
+        with average_styles(decoder, [1.0], lambda value: value):
             second = objective.decoder_phase(encoder, decoder, x, first.z, draws)
         second.loss.backward()
         adams["decoder"].step()
@@ -260,13 +260,13 @@ def test_engines_step_as_the_published_optimizer(stage):
         x, draws = golden.step(index)
         freeze(golden.encoder, golden.decoder)
         golden.encoder.zero_grad()
-        with average_styles(golden.decoder, 1, lambda value: value):
+        with average_styles(golden.decoder, [1.0], lambda value: value):
             phase = golden.objective.encoder_phase(golden.encoder, golden.decoder, x, draws)
         phase.loss.backward()
         adams[0].step()
         freeze(golden.decoder, golden.encoder)
         golden.decoder.zero_grad()
-        with average_styles(golden.decoder, 1, lambda value: value):
+        with average_styles(golden.decoder, [1.0], lambda value: value):
             golden.objective.decoder_phase(golden.encoder, golden.decoder, x, phase.z, draws).loss.backward()
         adams[1].step()
     ours = start()

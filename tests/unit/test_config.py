@@ -42,7 +42,7 @@ def test_every_config_builds(path):
     assert sum(p.numel() for p in encoder.parameters()) and sum(p.numel() for p in decoder.parameters())
     objective = objectives.build(num_values=settings.model.num_values, **settings.objective.loss_fields())
     assert isinstance(objective, objectives.OBJECTIVES[settings.objective.name])
-    assert settings.accumulation(1) >= 1
+    assert all(passes >= 1 for passes in settings.passes(1))
 
 
 # The published image README: beta_kl, beta_rec, beta_neg, z_dim, batch_size; the published code: size, channels; images x epochs.
@@ -151,7 +151,7 @@ def test_a_wrong_setting_is_named_with_what_would_be_right(base, case):
 
 def test_a_style_model_has_no_values_for_bce():
     tree = yaml.safe_load(BASE) | {"model": {"family": "style", "resolution": 16, "num_channels": 1}}
-    assert config.parse(tree).model.num_layers == 6
+    assert config.parse(tree).model.resolution == 16
     tree["objective"] = {"name": "vae", "reconstruction": "bce"}
     with pytest.raises(ConfigError, match=r"^objective\.reconstruction: .* in \[-1, 1\]; set mse"):
         config.parse(tree)
@@ -249,22 +249,24 @@ def test_settings_cannot_change_after_validation(base):
 
 def test_passes_per_step(base):
     settings = config.load(base, ["engine.micro_batch_size=4"])
-    assert [settings.accumulation(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
-    assert config.load(base).accumulation(8) == 1
+    assert [settings.passes(ranks) for ranks in (1, 2, 3, 4, 8, 32)] == [[8], [4], [3], [2], [1], [1]]
+    assert config.load(base).passes(7) == [1]
 
 
 @pytest.mark.parametrize(
     "overrides, ranks, message",
     [
-        ([], 3, "schedule.batch_size: 32 images do not divide over 3 ranks; 30 or 33 would"),
-        ([], 64, "schedule.batch_size: 32 images do not divide over 64 ranks; 64"),
-        (["engine.micro_batch_size=5"], 2, "engine.micro_batch_size: 5 does not divide the 16 images of a rank"),
-        (["engine.micro_batch_size=64"], 1, "engine.micro_batch_size: 64 does not divide the 32 images of a rank"),
+        ([], 64, "schedule.batch_size: 32 images a step are too few for 64 ranks"),
+        (
+            ["engine.micro_batch_size=1"],
+            3,
+            "schedule.batch_size: 32 images a step in passes of 1 leave some of 3 ranks",
+        ),
     ],
 )
-def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(base, overrides, ranks, message):
+def test_a_batch_that_leaves_a_rank_without_images_is_refused(base, overrides, ranks, message):
     with pytest.raises(ConfigError) as caught:
-        config.load(base, overrides).accumulation(ranks)
+        config.load(base, overrides).passes(ranks)
     assert str(caught.value).startswith(message)
 
 
@@ -294,3 +296,53 @@ def test_model_settings_alone():
     assert config.parse_model(settings.model_dump()) == settings
     with pytest.raises(ConfigError, match=r"model\..*latent"):
         config.parse_model({"family": "conv", "latent": 3})
+
+
+STYLE = {
+    "run": {"directory": "runs/test"}, "data": {"url": "digits:"}, "objective": {"name": "soft_intro_vae", "beta_neg": 64.0},
+    "model": {"family": "style", "num_channels": 1, "resolution": 16}, "schedule": {"total_images": 1000, "batch_size": 32},
+}  # fmt: skip
+
+
+def grown(*levels, **changes):
+    tree = STYLE | changes
+    return config.parse(tree | {"schedule": STYLE["schedule"] | {"levels": list(levels)}})
+
+
+def test_a_level_takes_what_it_does_not_say_from_the_run():
+    first, second, third = grown(
+        {"resolution": 4, "images": 300, "batch_size": 64, "micro_batch_size": 8}, {"resolution": 8, "images": 300},
+        {"resolution": 16, "fade_images": 100},
+    ).levels()  # fmt: skip
+    assert (first.batch_size, second.batch_size, third.batch_size) == (64, 32, 32)
+    assert (first.micro_batch_size, second.micro_batch_size) == (8, None)
+    (only,) = config.parse(STYLE).levels()
+    assert (only.resolution, only.batch_size, only.fade_images, only.lr_factor) == (16, 32, 0, 1.0)
+
+
+EIGHT, SIXTEEN = {"resolution": 8, "images": 300}, {"resolution": 16}
+
+
+@pytest.mark.parametrize(
+    "levels, changes, message",
+    [
+        ([{"resolution": 4, "images": 300}, SIXTEEN], {}, "schedule.levels.1.resolution: 16 pixels follow 4; each level doubles, so 8 must"),
+        ([EIGHT], {}, "schedule.levels.0.images: the last level lasts to the end of the run"),
+        ([{"resolution": 8}], {}, "schedule.levels: they reach 8 pixels, not model.resolution=16"),
+        ([{"resolution": 8}, SIXTEEN], {}, "schedule.levels.0.images: is missing"),
+        ([EIGHT | {"images": 1000}, SIXTEEN], {}, "schedule.levels.1: the levels before it take 1000 images, and total_images=1000"),
+        ([EIGHT | {"fade_images": 10}, SIXTEEN], {}, "schedule.levels.0.fade_images: the first level has none before it"),
+        ([EIGHT, SIXTEEN | {"fade_images": 701}], {}, "schedule.levels.1.fade_images: 701 is more than the 700 images"),
+        ([{"resolution": 2, "images": 9}, {"resolution": 4, "images": 9}, EIGHT, SIXTEEN], {}, "schedule.levels.0.resolution: levels begin at 4"),
+        ([EIGHT | {"batch_size": 2000}, SIXTEEN], {}, "schedule.batch_size: 2000 is more than schedule.total_images=1000"),
+        ([EIGHT | {"beta_neg_factor": 2.0}, SIXTEEN], {"objective": {"name": "vae"}}, "schedule.levels: objective vae has no beta_neg"),
+        (
+            [EIGHT, SIXTEEN], {"model": {"family": "conv", "num_channels": 1, "resolution": 16, "channels": [8]}},
+            "schedule.levels: only the style family grows by levels, not conv",
+        ),
+    ],
+)  # fmt: skip
+def test_a_schedule_of_levels_that_cannot_be_is_refused(levels, changes, message):
+    with pytest.raises(ConfigError) as caught:
+        grown(*levels, **changes)
+    assert str(caught.value).startswith(message)

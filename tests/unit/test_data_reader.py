@@ -255,8 +255,8 @@ def test_neighbours_are_read_together(index):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"batch_size": 6, "world_size": 4}, "6 does not divide among 4"),
-        ({"batch_size": 6, "world_size": 0}, "6 does not divide among 0"),
+        ({"batch_size": 3, "world_size": 4}, "3 is too small for 4 ranks"),
+        ({"batch_size": 6, "world_size": 0}, "6 is too small for 0 ranks"),
         ({"batch_size": 27}, "27 .*26 images"),
         ({"batch_size": 7, "split": "validation"}, "7 .*6 images"),
         (

@@ -1,4 +1,4 @@
-"""Proves the learning-rate factors at their boundaries, the half-life of the running average, and that every due date is met
+"""Proves the learning-rate factors and the levels of progressive growing at their boundaries, the half-life of the running average, and that every due date is met
 exactly once.
 
     python -m pytest tests/unit/test_schedule.py
@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from sivae.schedule import due, ema_decay, lr_factor
+from sivae.schedule import due, ema_decay, level_at, lr_factor
 
 
 def test_constant():
@@ -94,3 +94,24 @@ def test_due_when_a_step_is_longer_than_the_interval():
 def test_due_at_the_boundary():
     assert due(100, 10, 100) and not due(90, 10, 100) and not due(110, 10, 100)
     assert not due(99, 99, 100) and due(101, 2, 100)
+
+
+LEVELS = [(100, 0), (200, 100), (None, 50)]
+
+
+@pytest.mark.parametrize(
+    "images, level, blend",
+    [
+        (0, 0, 1.0), (99, 0, 1.0),
+        (100, 1, 0.0), (125, 1, 0.1464466), (150, 1, 0.5), (175, 1, 0.8535534), (200, 1, 1.0), (299, 1, 1.0),
+        (300, 2, 0.0), (310, 2, 0.0954915), (350, 2, 1.0), (10**9, 2, 1.0),
+    ],
+)  # fmt: skip
+def test_a_level_fades_in_over_its_first_images_then_stays(images, level, blend):
+    """The published blend is sin(pi t - pi / 2) / 2 + 1 / 2, t the share of the fade that is over."""
+    found, weight = level_at(images, LEVELS)
+    assert found == level and weight == pytest.approx(blend, abs=1e-6)
+
+
+def test_one_level_lasts_for_ever():
+    assert level_at(0, [(None, 0)]) == level_at(10**9, [(None, 0)]) == (0, 1.0)

@@ -153,13 +153,13 @@ def test_the_average_style_moves_by_each_call_and_not_by_the_number_of_passes():
         expected = torch.lerp(expected, decoder.mapping(batch).mean(0), 0.1)
     for num_passes in (1, 2, 4):
         decoder.average_style.zero_()
-        with average_styles(decoder, num_passes, lambda value: value):
+        with average_styles(decoder, [1.0] * num_passes, lambda value: value):
             for part in z.split(8 // num_passes):
                 decoder(part), decoder(part * 2)
         assert torch.allclose(decoder.average_style, expected.detach(), atol=1e-7)
     decoder(z)  # outside: nothing
     assert torch.allclose(decoder.average_style, expected.detach(), atol=1e-7)
-    with average_styles(build().encoder, 1, lambda value: value):  # another network: nothing to average
+    with average_styles(build().encoder, [1.0], lambda value: value):  # another network: nothing to average
         pass
 
 
