@@ -391,15 +391,9 @@ class ScheduleSettings(Section):
                 raise ValueError(
                     f"{where}.resolution: {level.resolution} pixels follow {before}; each level doubles, so {2 * before} must"
                 )
-            stays = level.images or self.total_images - sum(other.images for other in self.levels[:-1])
-            if stays < 1:
+            if level.images is not None and level.fade_images > level.images:
                 raise ValueError(
-                    f"{where}: the levels before it take {self.total_images - stays} images, and total_images={self.total_images}"
-                    " leaves it none"
-                )
-            if level.fade_images > stays:
-                raise ValueError(
-                    f"{where}.fade_images: {level.fade_images} is more than the {stays} images that the level lasts"
+                    f"{where}.fade_images: {level.fade_images} is more than the {level.images} images that the level lasts"
                 )
         return self
 

@@ -292,10 +292,16 @@ class Engine:
         return flat[self.group.rank * size : (self.group.rank + 1) * size]
 
 
-def freeze(trained: nn.Module, frozen: nn.Module) -> None:
-    """Only `trained` collects gradients. Through `frozen` they pass."""
+def freeze(trained: nn.Module, frozen: nn.Module, stage: dict[str, Any] | None = None) -> None:
+    """Only `trained` collects gradients. Through `frozen` they pass. `stage`: what the networks are called with.
+
+    Layers of levels that the stage does not use are frozen too: for a parameter that a backward pass leaves out,
+    DeepSpeed's ZeRO 3 would take the gradient of the step before again.
+    """
     trained.requires_grad_(True)
     frozen.requires_grad_(False)
+    for layers in trained.idle(**stage) if stage else ():
+        layers.requires_grad_(False)
 
 
 def _check_names(state: dict[str, Tensor], expected: list[str]) -> None:

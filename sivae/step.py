@@ -114,7 +114,7 @@ def train_step(
         for name, term in terms.items():
             sums[name] = sums[name] + term if name in sums else term
 
-    freeze(trained=encoder.network, frozen=decoder.network)
+    freeze(trained=encoder.network, frozen=decoder.network, stage=stage)
     latents = []
     with average_styles(decoder.network, weights, gate.group.mean):
         for index, item in enumerate(passes):
@@ -127,7 +127,7 @@ def train_step(
             latents.append(phase.z)
             _step(encoder, lr_encoder, gate, "grad_norm_encoder", images_seen, last=index == len(passes) - 1)
 
-    freeze(trained=decoder.network, frozen=encoder.network)
+    freeze(trained=decoder.network, frozen=encoder.network, stage=stage)
     with average_styles(decoder.network, weights, gate.group.mean):
         for index, (item, z) in enumerate(zip(passes, latents)):
             phase = decoder.phase(

@@ -132,6 +132,8 @@ class Trainer:
             self.tracker.note(f"resuming at {self.images_seen:,} images from checkpoint {self.saved.name}")
         elif run.on_nonfinite == "rollback":
             self._save()  # something to return to
+        if (last := self.levels[self._level_at(total)[0]]) is not self.levels[-1]:
+            self.tracker.note(f"the run ends at {last.resolution} pixels, before its schedule reaches the last level")
         # On a CPU the host may look after every step: there it waits for nothing. An offloaded optimizer waits anyway.
         always_looks = self.group.device.type == "cpu" or self.settings.engine.offload_optimizer
         batches = self._grow() or self.stream.batches(self.images_seen)
@@ -178,8 +180,7 @@ class Trainer:
 
     def _grow(self) -> Iterator[Batch] | None:
         """The schedule's level and blend for the next step. At a new level the optimizers start anew; returns its batches."""
-        lengths = [(level.images, level.fade_images) for level in self.levels]
-        level, self.blend = schedule.level_at(self.images_seen, lengths)
+        level, self.blend = self._level_at(self.images_seen)
         if level == self.level:
             return None
         self._enter(level)
@@ -187,6 +188,9 @@ class Trainer:
         self.state.decoder.reset_optimizer()
         self.tracker.note(f"{self.resolution} pixels from {self.images_seen:,} images on, {self.batch_size} a step")
         return self.stream.batches(self.images_seen)
+
+    def _level_at(self, images_seen: int) -> tuple[int, float]:
+        return schedule.level_at(images_seen, [(level.images, level.fade_images) for level in self.levels])
 
     def _enter(self, level: int) -> None:
         self.level = level

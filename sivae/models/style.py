@@ -271,6 +271,11 @@ class StyleEncoder(nn.Module):
             style = style + part
         return style
 
+    def idle(self, level: int, blend: float = 1.0) -> list[nn.Module]:
+        """The layers that `forward` does not use at a level and blend."""
+        first = self.num_levels - 1 - level
+        return [*self.blocks[:first], *_without(self.from_rgb, [first, first + 1] if level and blend != 1 else [first])]
+
     def _from_rgb(self, index: int, x: Tensor) -> Tensor:
         # Published, the leaky ReLU stands here twice.
         return F.leaky_relu(self.from_rgb[index](x), SLOPE**2)
@@ -323,6 +328,11 @@ class StyleDecoder(nn.Module):
         x = self.to_rgb[level](x)
         return x if below is None else torch.lerp(below, x, blend)
 
+    def idle(self, level: int, blend: float = 1.0) -> list[nn.Module]:
+        """The layers that `forward` does not use at a level and blend."""
+        fades = level and blend != 1
+        return [*self.blocks[level + 1 :], *_without(self.to_rgb, [level - 1, level] if fades else [level])]
+
     def styles(self, z: Tensor, labels: Tensor | None = None, level: int | None = None) -> Tensor:
         """z as in `forward` -> the style of each layer [B, 2 (level + 1), latent_dim], before truncation."""
         num_layers = 2 * (check_level(level, self.num_levels) + 1)
@@ -332,6 +342,10 @@ class StyleDecoder(nn.Module):
             raise ValueError(f"z has {z.shape[1]} latents an image; there are {num_layers} layers")
         labels = None if labels is None else labels.repeat_interleave(num_layers)
         return self.mapping(z.flatten(0, 1), labels, self.num_classes).unflatten(0, (len(z), num_layers))
+
+
+def _without(layers: nn.ModuleList, used: list[int]) -> list[nn.Module]:
+    return [layer for index, layer in enumerate(layers) if index not in used]
 
 
 def check_level(level: int | None, num_levels: int) -> int:

@@ -210,3 +210,16 @@ def test_blur_is_the_binomial_kernel():
     kernel = (kernel[:, None] * kernel / 16).expand(3, 1, 3, 3)
     x = normals(2, 3, 8, 8)
     assert torch.allclose(style.blur(x), F.conv2d(x, kernel, padding=1, groups=3), atol=1e-6)
+
+
+@pytest.mark.parametrize("level, blend", [(0, 1.0), (1, 0.0), (1, 0.3), (1, 1.0), (2, 0.5), (2, 1.0)])
+def test_idle_layers_are_those_without_a_gradient(level, blend):
+    encoder, decoder = build()
+    size = 4 << level
+    x, z = normals(2, 1, size, size), normals(2, 3)
+    sum(value.sum() for value in encoder(x, level=level, blend=blend)).backward()
+    decoder(z, level=level, blend=blend).sum().backward()
+    for network in (encoder, decoder):
+        idle = {id(p) for layers in network.idle(level, blend) for p in layers.parameters()}
+        for name, parameter in network.named_parameters():
+            assert (parameter.grad is None) == (id(parameter) in idle), name
