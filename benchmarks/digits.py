@@ -30,11 +30,13 @@ PUBLISHED = [
     "decoder_optimizer.lr=2e-4", "decoder_optimizer.betas=[0.9,0.999]", "decoder_optimizer.schedule.warmup_images=0",
     "ema.halflife_images=0",
 ]  # fmt: skip
+CONV, STYLE = "configs/digits.yaml", "configs/digits_style.yaml"
 RUNS = {
-    "configs/digits.yaml": [],
-    "the same with BatchNorm": ["model.norm=batch"],
-    "published settings (BatchNorm)": PUBLISHED,
-    "published settings, GroupNorm": [*PUBLISHED, "model.norm=group"],
+    CONV: (CONV, []),
+    "the same with BatchNorm": (CONV, ["model.norm=batch"]),
+    "published settings (BatchNorm)": (CONV, PUBLISHED),
+    "published settings, GroupNorm": (CONV, [*PUBLISHED, "model.norm=group"]),
+    STYLE: (STYLE, []),
 }
 EPOCH = 1797
 SAMPLES = 2000
@@ -46,9 +48,11 @@ def judge(model: Model, real: torch.Tensor, train_mode: bool = False) -> tuple[f
         # Batches of 32, whose statistics replace the saved ones; those change meanwhile, so this comes last.
         model.encoder.train()
         model.decoder.train()
-    target = real.float() / 255
-    samples = model.sample(SAMPLES, seed=1, batch_size=32).clamp(0, 1)
-    error = sum(((model.reconstruct(part) - part) ** 2).sum().item() for part in target.split(32)) / target.numel()
+    target, (low, high) = real.float() / 255, model.value_range
+    # From the family's range to [0, 1], so that errors of all are on one scale.
+    samples = ((model.sample(SAMPLES, seed=1, batch_size=32) - low) / (high - low)).clamp(0, 1)
+    again = torch.cat([(model.reconstruct(part) - low) / (high - low) for part in real.split(32)])
+    error = (again - target).square().mean().item()
     return frechet_distance(moments(samples.flatten(1).numpy()), moments(target.flatten(1).numpy())), error
 
 
@@ -87,13 +91,22 @@ def main() -> None:
                     "tracking.tensorboard=false", "tracking.progress=false",
                 ]  # fmt: skip
                 start = time.monotonic()
-                trainer.train(config.load("configs/digits.yaml", [*overrides, *RUNS[name]]))
+                path, changes = RUNS[name]
+                settings = config.load(path, [*overrides, *changes])
+                trainer.train(settings)
                 minutes = (time.monotonic() - start) / 60
                 checkpoints = sorted((Path(folder) / "checkpoints").iterdir())[:3]
-                batch_norm = config.load("configs/digits.yaml", RUNS[name]).model.norm == "batch"
+                batch_norm = getattr(settings.model, "norm", None) == "batch"
                 for train_mode in (False, True)[: 1 + batch_norm]:
-                    judged = [judge(sivae.load(str(path)), real, train_mode) for path in checkpoints]
-                    distances, errors = (" / ".join(f"{pair[i]:.{2 + 2 * i}f}" for pair in judged) for i in (0, 1))
+                    models = [sivae.load(str(path)) for path in checkpoints]
+                    judged = [
+                        judge(model, real, train_mode) if model.sample_shape == real.shape[1:] else None
+                        for model in models
+                    ]
+                    distances, errors = (
+                        " / ".join(f"{pair[i]:.{2 + 2 * i}f}" if pair else "still growing" for pair in judged)
+                        for i in (0, 1)
+                    )
                     mode = "train" if train_mode else "eval"
                     lines.append(f"| {name} | {seed} | {mode} | {distances} | {errors} | {minutes:.1f} |")
                     print(lines[-1], flush=True)

@@ -45,6 +45,47 @@ def test_every_config_builds(path):
     assert all(passes >= 1 for passes in settings.passes(1))
 
 
+# The published YAML files of the style family, and ALAE's for 1024 pixels: images, epochs a level, beta_kl, beta_rec, base channels,
+# learning rates and batches (8 GPUs) of the levels. beta_neg and the scale are the same in all.
+GROWN = {
+    "ffhq256_style": (60_000, 16, 0.2, 0.1, 64, [0.0015] * 6 + [0.002], [512, 256, 128, 64, 32, 32, 32]),
+    "celebahq256_style": (29_000, 30, 0.2, 0.05, 64, [0.0015] * 7, [512, 256, 128, 64, 32, 32, 32]),
+    "ffhq1024_style": (
+        60_000, 16, 0.2, 0.1, 16, [0.0015] * 6 + [0.002, 0.003, 0.003], [512, 256, 128, 64, 32, 32, 32, 32, 32],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_the_published_style_recipes_have_the_published_numbers(name):
+    size, epochs, beta_kl, beta_rec, base_channels, rates, batches = GROWN[name]
+    settings = config.load(str(ROOT / "configs" / f"{name}.yaml"))
+    levels, objective, model = settings.levels(), settings.objective, settings.model
+    assert (objective.beta_kl, objective.beta_rec, objective.scale, objective.vae_images) == (
+        beta_kl,
+        beta_rec,
+        5e-6,
+        size,
+    )
+    assert (model.base_channels, model.max_channels, model.latent_dim, model.num_mapping_layers) == (
+        base_channels,
+        512,
+        512,
+        8,
+    )
+    assert settings.schedule.total_images == 300 * size
+    assert [level.resolution for level in levels] == [4 * 2**i for i in range(len(rates))]
+    assert [level.images for level in levels] == [epochs * size] * (len(levels) - 1) + [None]
+    assert [level.fade_images for level in levels] == [0] + [epochs // 2 * size] * (len(levels) - 1)
+    assert [level.batch_size for level in levels] == batches
+    for optimizer in (settings.encoder_optimizer, settings.decoder_optimizer):
+        assert [optimizer.lr * level.lr_factor for level in levels] == pytest.approx(rates)
+        assert (optimizer.betas, optimizer.eps_hat) == ([0.0, 0.99], True)
+    beta_neg = [2048, 2048, 2048, 1024, 512, 512, 512, 512, 512]
+    assert [objective.beta_neg * level.beta_neg_factor for level in levels] == beta_neg[: len(levels)]
+    assert all(settings.passes(ranks) for ranks in range(1, 9))
+
+
 # The published image README: beta_kl, beta_rec, beta_neg, z_dim, batch_size; the published code: size, channels; images x epochs.
 PUBLISHED = {
     "cifar10": (1.0, 1.0, 256, 128, 32, 32, [64, 128, 256], 50_000 * 250),

@@ -8,9 +8,10 @@ import io
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from sivae.images import grid, panels, pixels, png_bytes, to_float, to_uint8
+from sivae.images import at_level, grid, panels, pixels, png_bytes, to_float, to_uint8
 
 
 @pytest.mark.parametrize("low, high", [(0.0, 1.0), (-1.0, 1.0)])
@@ -81,3 +82,14 @@ def test_png_reads_back():
     data = png_bytes(picture)
     assert data.startswith(b"\x89PNG")
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), picture)
+
+
+def test_a_level_of_detail_takes_means_of_squares_and_fades_in_its_detail():
+    x = torch.arange(64, dtype=torch.float32).view(1, 1, 8, 8)
+    assert torch.equal(at_level(x, 8), x)
+    half = at_level(x, 4)
+    assert half.shape == (1, 1, 4, 4) and half[0, 0, 0, 0] == (0 + 1 + 8 + 9) / 4
+    assert torch.allclose(at_level(x, 2), F.avg_pool2d(half, 2))
+    coarse = at_level(x, 8, blend=0.0)
+    assert torch.equal(coarse, half.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert torch.allclose(at_level(x, 8, blend=0.25), 0.25 * x + 0.75 * coarse)
