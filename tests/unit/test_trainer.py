@@ -266,3 +266,36 @@ def test_a_step_reads_nothing_back_to_the_host():
         with HostReads() as reads:
             gate.read()
         assert reads.count == 1, "the counter counts"
+
+
+STYLE = "model:={family: style, num_channels: 1, resolution: 16, base_channels: 4, max_channels: 8, latent_dim: 4, num_mapping_layers: 1}"
+LEVELS = "schedule.levels=[{resolution: 8, images: 32%s}, {resolution: 16, fade_images: 64}]"
+
+
+def test_a_level_multiplies_beta_neg(run):
+    """As if objective.beta_neg were that much larger, in the losses of real training."""
+    plain = ["schedule.total_images=32", STYLE, "objective.beta_neg=16.0"]
+    runs = [
+        run(*plain, LEVELS % ", beta_neg_factor: 4.0", name="factor"),
+        run(*plain, LEVELS % "", "objective.beta_neg=64.0", name="larger"),
+        run(*plain, LEVELS % "", name="smaller"),
+    ]
+    factor, larger, smaller = ([line["terms/exp_elbo_fake"] for line in lines] for _, _, lines in runs)
+    assert factor == larger and factor != smaller
+
+
+def test_images_fade_in_as_their_level_does(run, tmp_path, monkeypatch):
+    seen = []
+    real = images.at_level
+    monkeypatch.setattr(images, "at_level", lambda x, *stage: seen.append((x, real(x, *stage))) or seen[-1][1])
+    run(STYLE, LEVELS % "", "schedule.total_images=64", "tracking.picture_images=1000")
+    steps = [pair for pair in seen if len(pair[0]) == 16][:4]
+    assert [out.shape[-1] for _, out in steps] == [8, 8, 16, 16]
+    first, second = steps[2:]
+    # The fade begins at 0: the images are as coarse as the level below; at 16 of 64 images, at 1/2 - 1/2 cos(pi / 4).
+    coarse = lambda x: (
+        x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5)).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    )  # noqa: E731
+    assert torch.allclose(first[1], coarse(first[0]), atol=1e-6)
+    blend = 0.5 - 0.5 * math.cos(math.pi / 4)
+    assert torch.allclose(second[1], blend * second[0] + (1 - blend) * coarse(second[0]), atol=1e-6)
