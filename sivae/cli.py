@@ -161,6 +161,21 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("dest", help="folder or URL to write")
     export.add_argument("--weights", default="average", choices=["average", "plain"])
 
+    plan = add(
+        "plan", "Say what a run needs before it starts: memory by ZeRO stage, FLOPs, storage, GPU hours, checkpoint."
+    )
+    plan.add_argument("config", help="YAML file; path or URL")
+    plan.add_argument("overrides", nargs="*", metavar="key.path=value")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the whole run (default 1)")
+    plan.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="h100 (default), h200, a100-80gb, l40s, rtx4090, ..."
+    )
+    plan.add_argument(
+        "--utilization", type=float, metavar="SHARE",
+        help="of what the GPU's peak FLOP/s and memory bandwidth allow, 0 to 1 (assumed 0.5)",
+    )  # fmt: skip
+    plan.add_argument("--json", action="store_true", help="print the numbers as JSON: bytes, seconds, FLOPs")
+
     doctor = add(
         "doctor",
         "Say what is installed, which accelerator there is, and whether a config's data and run directory open.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import time
@@ -182,6 +183,14 @@ def export(options: argparse.Namespace) -> None:
     print(f"{options.dest}: {_describe(model)}; {inference.WEIGHTS_FILE}, {inference.SETTINGS_FILE} and a model card")
 
 
+def plan(options: argparse.Namespace) -> None:
+    from sivae import plan
+
+    settings = config.load(options.config, options.overrides)
+    made = plan.make(settings, num_gpus=options.gpus, gpu_name=options.gpu, utilization=options.utilization)
+    print(json.dumps(made, indent=1) if options.json else plan.render(made))
+
+
 def doctor(options: argparse.Namespace) -> int:
     from sivae import doctor
 
@@ -190,7 +199,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 COMMANDS = {
     "train": train, "pack": pack, "check": check, "index": index, "sample": sample, "reconstruct": reconstruct, "interpolate": interpolate,
-    "import": import_, "export": export, "doctor": doctor,
+    "import": import_, "export": export, "plan": plan, "doctor": doctor,
 }  # fmt: skip
 
 

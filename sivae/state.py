@@ -41,16 +41,7 @@ class TrainingState:
             Engine(network, group, **optimizer.model_dump(exclude={"schedule"}), **engine)
             for network, optimizer in ((encoder, settings.encoder_optimizer), (decoder, settings.decoder_optimizer))
         )
-        self.objective = objectives.build(num_values=settings.model.num_values, **settings.objective.loss_fields())
-        self.vae = objectives.Vae(
-            settings.objective.beta_rec, settings.objective.beta_kl, settings.objective.reconstruction
-        )
-        if settings.objective.augment:
-            low, high = models.VALUE_RANGES[settings.model.family]
-            kinds, probability = tuple(settings.objective.augment), settings.objective.augment_probability
-            self.objective, self.vae = (
-                Augmented(objective, kinds, probability, high - low) for objective in (self.objective, self.vae)
-            )
+        self.objective, self.vae = build_objectives(settings)
 
     def tensors(self) -> Tensors:
         """Whole CPU tensors by file and name, as a checkpoint keeps them; for rank 0 alone."""
@@ -106,6 +97,17 @@ class TrainingState:
         """Copy the decoder into the target decoder, where there is one."""
         if self.target is not None:
             self.target.load_state_dict(self.decoder.state_dict())
+
+
+def build_objectives(settings: Config) -> tuple[objectives.Vae | Augmented, objectives.Vae | Augmented]:
+    """The objective, and the plain VAE's with which a run may begin."""
+    objective = objectives.build(num_values=settings.model.num_values, **settings.objective.loss_fields())
+    vae = objectives.Vae(settings.objective.beta_rec, settings.objective.beta_kl, settings.objective.reconstruction)
+    if not settings.objective.augment:
+        return objective, vae
+    low, high = models.VALUE_RANGES[settings.model.family]
+    kinds, probability = tuple(settings.objective.augment), settings.objective.augment_probability
+    return Augmented(objective, kinds, probability, high - low), Augmented(vae, kinds, probability, high - low)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
