@@ -59,20 +59,20 @@ def measure(settings: Config, batch_size: int) -> dict[str, float]:
         if state.gate.read() is not None:
             raise RuntimeError("the step was not finite")
     return {
-        "peak_bytes": peak_allocated(allocations),
+        "peak_bytes": live_and_peak_bytes(allocations)[1],
         "resident_bytes": peak_memory_bytes(group.device),
         "seconds": seconds,
     }
 
 
-def peak_allocated(allocations: profile) -> int:
-    """The most bytes that the allocator had handed out since the profile began."""
+def live_and_peak_bytes(allocations: profile) -> tuple[int, int]:
+    """What the allocator had handed out since the profile began: at its end, and the most at any time."""
     events = [e for e in allocations.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return peak
+    return live, peak
 
 
 def settings_of(family: str, overrides: list[str]) -> Config:
