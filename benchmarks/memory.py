@@ -40,12 +40,12 @@ SETTINGS = {
 GIB = 2**30
 
 
-def measure(settings: Config, batch_size: int) -> dict[str, float]:
-    """Bytes and seconds of the second of two steps of `batch_size` images on this CPU."""
+def measure(settings: Config, batch_size: int, num_steps: int = 2) -> dict[str, float]:
+    """Bytes and seconds of the last of `num_steps` steps of `batch_size` images on this CPU."""
     torch.manual_seed(0)
     with distributed.join("cpu") as group:
         state = TrainingState(settings, group, accumulation=1)
-        for step in range(2):
+        for step in range(num_steps):
             passes = [example_pass(settings, batch_size)]
             randomness.seed_noise(0, step, 0)
             gc.collect()

@@ -190,7 +190,7 @@ def stylemix(options: argparse.Namespace) -> None:
     model = _load(options)
     num_layers = model.num_layers
     _require_label(options, model)
-    num_coarse = min(4, num_layers // 2) if options.coarse_layers is None else options.coarse_layers
+    num_coarse = figures.default_num_coarse(model) if options.coarse_layers is None else options.coarse_layers
     _require(
         0 <= num_coarse <= num_layers,
         f"--coarse-layers: {num_coarse} is not in 0 .. {num_layers}, the layers of this model",

@@ -6,7 +6,7 @@ After the figures of Soft-IntroVAE (arXiv 2012.13253) and StyleGAN (arXiv 1812.0
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from sivae.objectives import kl
 from sivae.randomness import fixed_latents
 
 BATCH = 16  # images that are decoded at once
+TRAINING_PIXELS = 128
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ def style_mixing(model: Model, coarse: Tensor, fine: Tensor, num_coarse: int, la
 def truncation_sweep(model: Model, count: int, seed: int, num_steps: int, label: int | None = None) -> Figure:
     """Samples, a row each, with styles from the far side of the average (psi -1) over it (0) to as they are (1)."""
     z = fixed_latents(seed, count, model.latent_dim)
-    values = torch.linspace(-1, 1, num_steps).tolist()
+    values = [2 * step / (num_steps - 1) - 1 for step in range(num_steps)]
     columns = [_decode(model, z, label, truncation=psi) for psi in values]
     tiles = torch.stack(columns, dim=1).flatten(0, 1)
-    return Figure(tiles, [""] * count, [f"psi {psi:.2g}" for psi in values])
+    return Figure(tiles, [""] * count, [f"psi {psi:.3g}" for psi in values])
 
 
 def levels(model: Model, images: Tensor, labels: Tensor | None = None) -> Figure:
@@ -92,8 +93,28 @@ def traversals(
     label = None if labels is None else int(labels[0])
     tiles = _decode(model, z.flatten(0, 1), label)
     return Figure(
-        tiles, [f"z{dim}\n{divergence[dim]:.2g} nats" for dim in dims], [f"{value:.2g}" for value in values.tolist()]
+        tiles, [f"z{dim}\n{divergence[dim]:.2g} nats" for dim in dims], [f"{value:.3g}" for value in values.tolist()]
     )
+
+
+def of_training(model: Model, images: Tensor, labels: Tensor | None, seed: int) -> dict[str, Figure]:
+    """By name, what training shows beside its samples: always the same images and latents, in tiles of 128 pixels at most."""
+    found = {"traversals": traversals(model, images, num_dims=6, num_steps=7, labels=labels)}
+    if model.settings["family"] == "style":
+        z = fixed_latents(seed, 8, model.latent_dim)
+        found["stylemix"] = style_mixing(model, z[:4], z[4:], default_num_coarse(model))
+        found["truncation"] = truncation_sweep(model, 4, seed, num_steps=7)
+    return {name: replace(figure, tiles=_shrunk(figure.tiles)) for name, figure in found.items()}
+
+
+def default_num_coarse(model: Model) -> int:
+    """Layers of 4 and 8 pixels, which set pose and shape (StyleGAN); of a small model the lower half."""
+    return min(4, model.num_layers // 2)
+
+
+def _shrunk(tiles: Tensor) -> Tensor:
+    factor = max(1, tiles.shape[-1] // TRAINING_PIXELS)
+    return tiles if factor == 1 else F.avg_pool2d(tiles.float(), factor).round().to(torch.uint8)
 
 
 def _batches(images: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
