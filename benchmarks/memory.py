@@ -1,9 +1,9 @@
 """Memory and time of a real training step at 1024 pixels on a CPU, beside what `sivae plan` expects. Prints a table and writes it.
 
-    python benchmarks/memory.py [--output benchmarks/results] [--families conv style] [--batches 1 2]
+    python benchmarks/memory.py [--output benchmarks/results] [--families conv style] [--batches 1 2] [--steps 2]
 
-Every row is a process of its own, which takes two steps through the real DeepSpeed engines at the batch given. Measured is
-what torch's allocator handed out during the second step, at its highest, beyond what lay there before it (weights, optimizer
+Every row is a process of its own, which takes some steps through the real DeepSpeed engines at the batch given. Measured is
+what torch's allocator handed out during the last step, at its highest, beyond what lay there before it (weights, optimizer
 and average): activations and, in passing, gradients. The peak of the resident set is the whole process, torch and DeepSpeed too.
 """
 
@@ -89,18 +89,31 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--steps", type=int, default=2, help="the last one is measured; the first is slower")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         family, batch_size, *overrides = options.one
-        print(json.dumps(measure(settings_of(family, overrides), int(batch_size))))
+        print(json.dumps(measure(settings_of(family, overrides), int(batch_size), options.steps)))
         return
+    from digits import machine  # a script's own folder is on the path
+
+    head = HEAD.format(date=date.today(), machine=machine(), torch=torch.__version__)
     rows = []
     for batch_size in options.batches:
         for family in options.families:
             for name, overrides in SETTINGS.items():
                 expected = trace_step(settings_of(family, overrides), batch_size, device_type="cpu").activation_bytes
-                command = [sys.executable, __file__, "--one", family, str(batch_size), *overrides]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--steps",
+                    str(options.steps),
+                    "--one",
+                    family,
+                    str(batch_size),
+                    *overrides,
+                ]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 found = json.loads(done.stdout.splitlines()[-1])
                 rows.append(
@@ -108,10 +121,8 @@ def main() -> None:
                     f" | {expected / found['peak_bytes']:.2f} | {found['resident_bytes'] / GIB:.2f} | {found['seconds']:.0f} |"
                 )
                 print(rows[-1], flush=True)
-    from digits import machine  # a script's own folder is on the path
-
-    text = HEAD.format(date=date.today(), machine=machine(), torch=torch.__version__) + "\n".join(rows) + "\n"
-    Path(options.output, "memory.md").write_text(text)
+                # At once: what was measured stays.
+                Path(options.output, "memory.md").write_text(head + "\n".join(rows) + "\n")
 
 
 HEAD = """\

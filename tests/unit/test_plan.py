@@ -92,7 +92,8 @@ def test_what_the_engines_hold_at_rest(stage):
     at_rest = expected["weights"] + expected["optimizer"] + expected["average"]
     if stage == 3:  # on one rank nothing is gathered; the buffers that stay are for both networks
         at_rest += 2 * total - total
-    assert found == pytest.approx(at_rest, rel=0.02)
+    # At stage 3 DeepSpeed pads its buffers.
+    assert found == pytest.approx(at_rest, rel=0.05 if stage == 3 else 0.01)
 
 
 def test_zero_divides_what_it_says():
@@ -175,7 +176,7 @@ def test_storage_comes_from_the_index_where_there_is_one(tmp_path):
     packed = tmp_path / "set"
     index = pack("digits:", str(packed), resolution=16, progress=False)
     for url, size in ((str(packed), index.size.mean()), ("digits:", 0.4 * 256), (str(tmp_path / "none"), 0.4 * 256)):
-        made = plan.make(config.load(DIGITS, [f"data.url={url}"]), num_gpus=2, gpu_name="a100-40gb")
+        made = plan.make(config.load(DIGITS, [f'data.url="{url}"']), num_gpus=2, gpu_name="a100-40gb")
         assert made["sample_bytes"] == pytest.approx(size)
         assert made["storage_bytes_per_sec"] == pytest.approx(made["images_per_sec"] * size)
         assert any("0.4 bytes" in line for line in made["assumptions"]) == (size != index.size.mean())
@@ -223,6 +224,7 @@ def test_the_command(capsys):
     assert made["model"]["encoder_parameters"] > 0 and len(made["memory"]) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_can_be_planned(path: Path):
     made = plan.make(config.load(str(path), ["engine.precision=float32"]), num_gpus=1, gpu_name="v100-16gb")
