@@ -32,6 +32,7 @@ from sivae.config import Config
 from sivae.data import Batch, ImageStream, open_stream
 from sivae.distributed import Group
 from sivae.errors import UserError, shown
+from sivae.evaluator import Evaluator
 from sivae.objectives import Draws
 from sivae.signals import StopSignals
 from sivae.state import TrainingState, peak_memory_bytes
@@ -80,6 +81,7 @@ class Trainer:
         group.on_main(self._prepare)
         found = self._read_checkpoint()
         self.stream = self._open_stream()
+        self.evaluator = Evaluator(settings, group, self.folder)
         self.state = TrainingState(settings, group, self.accumulation)
         self.images_seen, self.attempt = 0, 0
         self.saved: checkpoint.Checkpoint | None = None
@@ -105,7 +107,9 @@ class Trainer:
             if interrupted:
                 self.tracker.note(f"stopped, checkpoint {self.saved.name} saved; run the same command to go on")
             else:
-                self.group.on_main(lambda: self.tracker.hparams(config.dump(self.settings), self.metrics))
+                self.group.on_main(
+                    lambda: self.tracker.hparams(config.dump(self.settings), self.metrics | self.evaluator.figures)
+                )
         except BaseException:
             try:
                 self.tracker.close()
@@ -115,7 +119,8 @@ class Trainer:
         self.group.on_main(self.tracker.close)
         if self.lock is not None:
             self.lock.close()
-        return Result(self.images_seen, interrupted, self.metrics, self.saved and self.saved.name, self.picture)
+        metrics = self.metrics | self.evaluator.figures
+        return Result(self.images_seen, interrupted, metrics, self.saved and self.saved.name, self.picture)
 
     def _loop(self, stop: StopSignals) -> bool:
         """Train to the end, or until somebody asks to stop; True when interrupted."""
@@ -140,7 +145,8 @@ class Trainer:
             logs, draws, saves = (
                 last or self._due(n) for n in (tracking.log_images, tracking.picture_images, run.checkpoint_images)
             )
-            if (logs or draws or saves or always_looks) and (bad := self.state.gate.read()):
+            evaluates = batch is not None and self.evaluator.due(self.images_seen, self.batch_size, last)
+            if (logs or draws or saves or evaluates or always_looks) and (bad := self.state.gate.read()):
                 self._handle(bad)
                 batches = self.stream.batches(self.images_seen)
                 continue
@@ -148,10 +154,13 @@ class Trainer:
                 self._log()
             if draws and batch is not None:
                 self._draw()
+            if evaluates:
+                saves |= self._evaluate()
             if saves:
                 self._save()
             if logs or saves:
-                self.stop_asked |= bool(self.report(self.metrics, self.saved and self.saved.name))
+                metrics = self.metrics | self.evaluator.figures
+                self.stop_asked |= bool(self.report(metrics, self.saved and self.saved.name))
             if batch is None:
                 return True
         return False
@@ -320,6 +329,17 @@ class Trainer:
 
         self.picture = self.group.on_main(draw)
 
+    def _evaluate(self) -> bool:
+        """Judge the averaged weights; True when they are the best so far, and to be saved."""
+        start = time.monotonic()
+        sentence = self.evaluator.run(self.group.broadcast(self.state.average()), self.images_seen)
+        if sentence:
+            self.tracker.note(sentence)
+        else:
+            self.group.on_main(lambda: self.tracker.scalars(self.evaluator.figures, self.images_seen))
+        self.interval_start_sec += time.monotonic() - start  # speed is that of training
+        return self.evaluator.is_best(self.images_seen)
+
     # Data and checkpoints
 
     def _prepare(self) -> None:
@@ -355,11 +375,13 @@ class Trainer:
             "images_seen": self.images_seen, "attempt": self.attempt, "negative_gaps": self.negative_gaps, "substituted": self.substituted, "model": self.settings.model.model_dump(mode="json"),
             "objective": self.settings.objective.model_dump(mode="json"), "seed": self.settings.run.seed,
             "data": {"url": shown(self.settings.data.url), "digest": self.stream.digest}, "version": __version__,
+            "evaluation": self.evaluator.at(self.images_seen),
         }  # fmt: skip
         name = self.group.on_main(
             lambda: checkpoint.save(self.folder, state, tensors, self.settings.run.keep_checkpoints)
         )
         self.saved = checkpoint.Checkpoint(name, state, {})
+        self.evaluator.saved(name, state["evaluation"])
         self.tracker.sync()
 
     def _read_checkpoint(self) -> checkpoint.Checkpoint | None:
@@ -394,6 +416,7 @@ class Trainer:
         self.negative_gaps = found.state["negative_gaps"]
         self.substituted, self.new_substituted = found.state.get("substituted", 0), 0
         self.saved = checkpoint.Checkpoint(found.name, found.state, {})
+        self.evaluator.saved(found.name, found.state.get("evaluation"))
 
     def _due(self, every_images: int) -> bool:
         return schedule.due(self.images_seen, self.batch_size, every_images)
