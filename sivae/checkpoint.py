@@ -25,6 +25,7 @@ from sivae.storage import Folder
 
 logger = logging.getLogger("sivae")
 FORMAT = 1
+BEST = "best.json"
 _NAME = re.compile(r"\d{12}(\.\d+)?")
 
 
@@ -46,7 +47,7 @@ class Damaged(UserError):
 
 
 def save(run: Folder, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]], keep: int) -> str:
-    """Write under a new name, publish, then prune to the newest `keep`. Returns the name. A failed save leaves nothing behind."""
+    """Write under a new name, publish, then prune to the newest `keep` and the best one. Returns the name. A failed save leaves nothing behind."""
     name = f"{state['images_seen']:012d}"
     # One more than the highest there: some of those before it may have been pruned.
     taken = [_order(other) for other in run.names("checkpoints") if _NAME.fullmatch(other)]
@@ -68,9 +69,10 @@ def save(run: Folder, state: dict[str, Any], tensors: dict[str, dict[str, Tensor
             pass
         raise
     published = list_names(run)
+    kept = {*published[-keep:], (best(run) or {}).get("name")}
     # Leftovers of killed saves are older than what was just published, so nobody is writing them.
     for other in run.names("checkpoints"):
-        if _NAME.fullmatch(other) and other not in published[-keep:] and _order(other) < _order(name):
+        if _NAME.fullmatch(other) and other not in kept and _order(other) < _order(name):
             try:
                 # The manifest first: a checkpoint half deleted does not count.
                 run.remove("checkpoints", other, "manifest.json")
@@ -84,6 +86,20 @@ def list_names(run: Folder) -> list[str]:
     """Published checkpoints, oldest first."""
     names = [name for name in run.names("checkpoints") if _NAME.fullmatch(name)]
     return sorted((name for name in names if run.exists("checkpoints", name, "manifest.json")), key=_order)
+
+
+def best(run: Folder) -> dict[str, Any] | None:
+    """What `set_best` noted, as long as that checkpoint is there."""
+    try:
+        found = json.loads(run.read("checkpoints", BEST)) if run.exists("checkpoints", BEST) else None
+        return found if found and run.exists("checkpoints", found["name"], "manifest.json") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def set_best(run: Folder, name: str, figure: str, value: float) -> None:
+    """Note that `name` is the best checkpoint so far: `save` keeps it."""
+    run.write(json.dumps({"name": name, "figure": figure, "value": value}).encode(), "checkpoints", BEST)
 
 
 def read(run: Folder, name: str, files: tuple[str, ...] | None = None) -> Checkpoint:

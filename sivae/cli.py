@@ -182,6 +182,53 @@ def build_parser() -> argparse.ArgumentParser:
     stylemix.add_argument("--label", type=int, help="class of all images, for a conditional model")
     stylemix.add_argument("--output", default="stylemix.png")
 
+    evaluate = add("evaluate", "Judge a model by figures, beside real images; alone or under torchrun.")
+    add_model(evaluate)
+    evaluate.add_argument("--data", required=True, metavar="URL", help="packed set of real images, or digits:")
+    evaluate.add_argument("--split", default="train", help="which part of the set")
+    evaluate.add_argument(
+        "--metrics", required=True, metavar="NAMES",
+        help="with commas between: fid, kid; frechet_D, kernel_D, precision_D, recall_D, density_D, coverage_D for a detector D "
+        "(pixels, inception, dinov2 or one of --detector); mse, psnr, ssim, ms_ssim, lpips of reconstructions",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--detector", action="append", default=[], metavar="NAME=FILE",
+        help="TorchScript file of a detector: a path or URL, with #sha256=HEX to insist on",
+    )  # fmt: skip
+    evaluate.add_argument("--lpips", metavar="FILE", help="TorchScript file of LPIPS, likewise")
+    evaluate.add_argument(
+        "--protocol", choices=["published"],
+        help="as the paper's figures were made: 50,000 samples, the first 50,000 training images, uint8 rounded down, no "
+        "truncation, averaged weights, BatchNorm in train mode",
+    )  # fmt: skip
+    evaluate.add_argument("--num-fakes", type=int, metavar="N", help="samples (default 50000)")
+    evaluate.add_argument("--num-reals", type=int, metavar="N", help="only the first N of the split; all by default")
+    evaluate.add_argument("--seed", type=int, help="of the samples and of KID's subsets (default 0)")
+    evaluate.add_argument("--truncation", type=float, metavar="PSI", help="of a style model; 1 (default) is none")
+    evaluate.add_argument("--truncation-layers", type=int, metavar="N", help="in the first N layers only")
+    evaluate.add_argument("--mode", choices=["eval", "train"], help="of BatchNorm (default eval)")
+    evaluate.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default 64)")
+    evaluate.add_argument(
+        "--statistics", metavar="FOLDER",
+        help="where features of real images are kept, path or URL; statistics/ of $SIVAE_CACHE or ~/.cache/sivae by default",
+    )  # fmt: skip
+
+    ood = add("ood", "Tell outliers from inliers by a model's scores, calibrate a threshold, or judge one image.")
+    add_model(ood)
+    ood.add_argument("--inlier", metavar="URL", help="packed set of images such as the model was trained on, held out")
+    ood.add_argument("--inlier-split", default="test", metavar="NAME")
+    ood.add_argument("--outlier", metavar="URL", help="packed set of other images")
+    ood.add_argument("--outlier-split", default="test", metavar="NAME")
+    ood.add_argument("--count", type=int, metavar="N", help="only the first N images of each; all by default")
+    ood.add_argument("--samples", type=int, default=16, metavar="K", help="latent draws for each image (default 16)")
+    ood.add_argument("--seed", type=int, default=0, help="of the draws and of the bootstrap")
+    ood.add_argument("--output", default="ood.png", help="picture of the scores' histograms")
+    ood.add_argument("--judge", metavar="IMAGE", help="an image file, or a set with #N: is it an outlier?")
+    ood.add_argument(
+        "--score", default="negative_elbo",
+        choices=["negative_elbo", "kl", "reconstruction", "importance_weighted"], help="which score judges",
+    )  # fmt: skip
+
     imported = add("import", "Read a published checkpoint (image, bootstrap, style, 2D, IntroVAE) into sivae's format.")
     imported.add_argument("source", help=".pth file")
     imported.add_argument("dest", help="folder or URL to write")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -207,6 +208,86 @@ def stylemix(options: argparse.Namespace) -> None:
     _write_figure(options.output, figures.style_mixing(model, coarse, fine, num_coarse, options.label))
 
 
+def evaluate(options: argparse.Namespace) -> None:
+    from sivae import distributed, real_statistics
+    from sivae.data import open_stream
+    from sivae.evaluate import Evaluation, Protocol, write
+
+    names = ("num_fakes", "num_reals", "seed", "truncation", "truncation_layers", "mode", "batch_size")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    fixed = [f"--{name.replace('_', '-')}" for name in given if name != "seed"]
+    if options.protocol:
+        _require(not fixed, f"{fixed and fixed[0]}: the published protocol fixes it; leave one of the two out")
+        _require(options.weights == "average", "--weights: the published protocol takes the averaged weights")
+        _require(options.split == "train", "--split: the published protocol takes the training images")
+    _require(given.get("seed", 0) >= 0, f"--seed: {given.get('seed')} is negative")
+    detectors = dict(pair.partition("=")[::2] for pair in options.detector)
+    _require(all(detectors.values()), "--detector: is written NAME=FILE, for example dinov2=dinov2-vitl14.pt")
+    with distributed.join(options.device) as group:
+        model = group.together(lambda: inference.load(options.model, device=group.device, weights=options.weights))
+        if len(model.sample_shape) != 3:
+            raise UserError("this model is not one of images", shared=True)
+        channels, resolution, _ = model.sample_shape
+        reading = {"split": options.split, "resolution": resolution, "num_channels": channels, "batch_size": 1}
+        stream = group.together(lambda: open_stream(options.data, **reading, progress=group.is_main))
+        metrics = tuple(options.metrics.split(","))
+        if options.protocol:
+            protocol = Protocol.published(metrics, model.settings, len(stream))
+            protocol = dataclasses.replace(protocol, **given)
+        else:
+            protocol = Protocol(metrics, **given)
+        kept = Folder(options.statistics) if options.statistics else real_statistics.default_folder()
+        evaluation = Evaluation(stream, protocol, group, detectors=detectors, lpips=options.lpips, statistics=kept)
+        if options.protocol and group.is_main and len(stream) < 50_000:
+            print(
+                f"{stream.where}: has {len(stream):,} images where the published protocol takes 50,000; all are taken"
+            )
+        figures = evaluation.run(model)
+
+        def tell() -> None:
+            for name, value in figures.items():
+                print(f"{name} {value:.6g}")
+            run = Folder(_run_of(options.model))
+            described = {"weights": options.weights, "info": model.info, "data_url": shown(options.data)}
+            print(f"{write(run, evaluation, figures, **described)}: the figures with their protocol")
+
+        group.on_main(tell)
+
+
+def ood(options: argparse.Namespace) -> None:
+    from sivae import outliers
+
+    _require(options.samples > 0, f"--samples: {options.samples} is not a number of draws")
+    _require(options.seed >= 0, f"--seed: {options.seed} is negative")
+    model = _load(options)
+    _require(len(model.sample_shape) == 3, "this model is not one of images")
+    folder = Folder(_run_of(options.model))
+    if options.judge:
+        _require(not (options.inlier or options.outlier), "--judge: goes without --inlier and --outlier")
+        image, _ = read_images(options.judge, model, 1)
+        verdict = outliers.judge(model, image, outliers.read_calibration(folder, model, options.weights), options.score)
+        print(f"{options.judge}: {verdict.sentence}")
+        return
+    _require(options.inlier and options.outlier, "give both --inlier and --outlier, or --judge IMAGE")
+    _require(options.count is None or options.count > 0, f"--count: {options.count} is not a number of images")
+    outliers.require_pictures()
+    settings = {"num_samples": options.samples, "seed": options.seed, "count": options.count}
+    sets = [(options.inlier, options.inlier_split), (options.outlier, options.outlier_split)]
+    streams = [outliers.open_set(url, split, model) for url, split in sets]
+    _require(streams[0].digest != streams[1].digest, "--outlier: is the same set of images as --inlier")
+    inlier, outlier = (outliers.score_set(model, stream, **settings) for stream in streams)
+    results = outliers.compare(inlier, outlier, options.seed)
+    for line in outliers.table(results):
+        print(line)
+    folder_of_picture, name = _split(options.output)
+    names = [f"{shown(url)} {split}" for url, split in sets]
+    folder_of_picture.write(outliers.histograms(inlier, outlier, results, *names), name)
+    print(options.output)
+    calibration = outliers.calibrate(model, inlier, streams[0], options.weights, options.samples, options.seed)
+    outliers.write_calibration(folder, calibration)
+    print(f"{folder.url}/{outliers.FILE}: thresholds; judge an image with sivae ood {options.model} --judge IMAGE")
+
+
 def import_(options: argparse.Namespace) -> None:
     from sivae.models import published
 
@@ -250,7 +331,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 COMMANDS = {
     "train": train, "pack": pack, "check": check, "index": index, "sample": sample, "reconstruct": reconstruct, "interpolate": interpolate,
-    "traverse": traverse, "stylemix": stylemix,
+    "traverse": traverse, "stylemix": stylemix, "evaluate": evaluate, "ood": ood,
     "import": import_, "export": export, "plan": plan, "doctor": doctor,
 }  # fmt: skip
 
@@ -306,6 +387,11 @@ def _load(options: argparse.Namespace) -> inference.Model:
     from sivae.distributed import pick_device
 
     return inference.load(options.model, device=pick_device(options.device), weights=options.weights)
+
+
+def _run_of(model: str) -> str:
+    """The run directory that a checkpoint lies in; another model's own folder."""
+    return re.sub(r"/checkpoints/[^/]+/*$", "", model)
 
 
 def _write(path: str, picture: np.ndarray) -> None:

@@ -418,6 +418,28 @@ class TrackingSettings(Section):
     """Show the progress bar."""
 
 
+class EvaluateSettings(Section):
+    every_images: int | None = Field(None, gt=0)
+    """Judge the averaged weights every so many images and at the end, as `sivae evaluate` does; None never. The checkpoint
+    that was best by the first of `metrics` is kept, as checkpoints/best."""
+    metrics: list[str] = Field(["frechet_pixels"], min_length=1)
+    """Figures by name, such as fid, kid, frechet_pixels, mse; docs/evaluation.md has them all."""
+    num_fakes: int = Field(10_000, gt=0)
+    """Samples."""
+    num_reals: int | None = Field(None, gt=0)
+    """Real images: the first so many of the split; None takes all."""
+    data: str | None = None
+    """Packed set of the real images; None takes data.url."""
+    split: str | None = None
+    """Which part of it; None takes data.split."""
+    detectors: dict[str, str] = {}
+    """TorchScript files by the detector's name, each PATH_OR_URL or PATH_OR_URL#sha256=HEX."""
+    lpips: str | None = None
+    """TorchScript file of LPIPS, likewise."""
+    batch_size: int = Field(64, gt=0)
+    """Images judged at a time."""
+
+
 class Config(Section):
     """One run."""
 
@@ -431,6 +453,7 @@ class Config(Section):
     schedule: ScheduleSettings
     ema: EmaSettings = EmaSettings()
     tracking: TrackingSettings = TrackingSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
 
     @model_validator(mode="after")
     def _check(self):
@@ -580,7 +603,7 @@ def parse_model(tree: dict[str, Any]) -> MlpModel | ConvModel | StyleModel:
 def dump(config: Config) -> dict[str, Any]:
     """The resolved settings as a plain tree, without what may hold secrets: `storage_options`, passwords and queries in URLs."""
     tree = config.model_dump(mode="json", exclude={"run": {"storage_options"}, "data": {"storage_options"}})
-    for section, key in (("run", "directory"), ("run", "init_from"), ("data", "url")):
+    for section, key in (("run", "directory"), ("run", "init_from"), ("data", "url"), ("evaluate", "data")):
         if tree[section][key]:
             tree[section][key] = re.sub(r"\?.*", "?...", re.sub(r"//[^/\s]+@", "//...@", tree[section][key]))
     return tree

@@ -18,6 +18,7 @@ OPTIONAL = {
     "imagecodecs": "decodes faster than Pillow: pip install 'sivae[codecs]'",
     "s3fs": "for s3:// URLs: pip install 'sivae[s3]'",
     "gcsfs": "for gs:// URLs: pip install 'sivae[gcs]'",
+    "matplotlib": "for the histograms of sivae ood: pip install 'sivae[pictures]'",
     "ray": "for the cluster launchers: pip install 'sivae[cluster]'",
 }
 

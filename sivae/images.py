@@ -18,9 +18,10 @@ def to_float(images: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     return images.contiguous().float() * ((high - low) / 255) + low
 
 
-def to_uint8(images: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """float in [low, high], clamped -> uint8, rounded to the nearest."""
-    return ((images.float() - low) * (255 / (high - low))).clamp(0, 255).round().to(torch.uint8)
+def to_uint8(images: Tensor, low: float = 0.0, high: float = 1.0, *, truncate: bool = False) -> Tensor:
+    """float in [low, high], clamped -> uint8, rounded to the nearest, or down where `truncate`, as published figures were."""
+    scaled = ((images.float() - low) * (255 / (high - low))).clamp(0, 255)
+    return (scaled if truncate else scaled.round()).to(torch.uint8)
 
 
 def at_level(images: Tensor, resolution: int, blend: float = 1.0) -> Tensor:

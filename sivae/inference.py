@@ -1,6 +1,7 @@
 """Use a trained model: encode, decode, sample, reconstruct, interpolate.
 
-`load` opens a run directory (its newest whole checkpoint), one checkpoint of it, or an exported folder, at any fsspec URL.
+`load` opens a run directory (its newest whole checkpoint), one checkpoint of it (RUN/checkpoints/best is the best one, where
+the run was evaluated), or an exported folder, at any fsspec URL.
 It takes the averaged weights and eval mode, which is what the training's pictures show.
 """
 
@@ -80,10 +81,15 @@ class Model:
 
     def sample(
         self, count: int, *, seed: int = 0, labels: Tensor | None = None, batch_size: int = 64, truncation: float = 1.0,
-        truncation_layers: int | None = None,
+        truncation_layers: int | None = None, first: int = 0,
     ) -> Tensor:  # fmt: skip
-        """`count` images from the prior. Image i of a seed is the same whatever `count` and `batch_size`. See `decode`."""
-        z = fixed_latents(seed, count, self.latent_dim)
+        """Images `first` to `first + count - 1` of a seed, from the prior: each the same whatever `count` and `batch_size`.
+
+        See `decode` for truncation.
+        """
+        z = fixed_latents(seed, count, self.latent_dim, first)
+        if labels is None and self.num_classes:
+            labels = torch.arange(first, first + count) % self.num_classes
         labels = self._labels(labels, count)
         return torch.cat(
             [
@@ -143,8 +149,8 @@ class Model:
                 f"{what}: this is a model of the {self.settings['family']} family; only the style family has it"
             )
 
-    def to_uint8(self, images: Tensor) -> Tensor:
-        return to_uint8(images, *self.value_range)
+    def to_uint8(self, images: Tensor, *, truncate: bool = False) -> Tensor:
+        return to_uint8(images, *self.value_range, truncate=truncate)
 
     def _labels(self, labels: Tensor | None, count: int) -> Tensor | None:
         if not self.num_classes:
@@ -179,9 +185,12 @@ def load(
     if folder.exists(SETTINGS_FILE):
         return _load_exported(folder, device)
     parent, _, name = folder.url.rpartition("/")
+    run = Folder(parent.removesuffix("/checkpoints"), storage_options)
+    if name == "best" and parent.endswith("/checkpoints") and (best := checkpoint.best(run)):
+        folder, name = run.folder("checkpoints", best["name"]), best["name"]
     if parent.endswith("/checkpoints") and folder.exists("manifest.json"):
         found = checkpoint.read(
-            Folder(parent.removesuffix("/checkpoints"), storage_options),
+            run,
             name,
             (weights if weights == "average" else "weights",),
         )

@@ -15,6 +15,7 @@ from sivae.objectives import Draws
 
 _WORDS = 4  # 64-bit words in one Philox block
 _PICTURES = 2**32  # the purpose of latents outside training; attempts count from 0
+_SCORES = _PICTURES + 1  # the purpose of draws that score images
 _MIXING, _NOISE, _AUGMENT = 2**33, 2**34, 2**35  # purposes beside an attempt's normals; the attempt is added
 
 
@@ -72,9 +73,14 @@ def seed_noise(seed: int, images_seen: int, rank: int, attempt: int = 0) -> None
     torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
-def fixed_latents(seed: int, count: int, latent_dim: int) -> Tensor:
-    """Latents [count, latent_dim] that stay the same for all pictures and samples of a seed."""
-    return normal(seed, _PICTURES, range(count), latent_dim)
+def fixed_latents(seed: int, count: int, latent_dim: int, first: int = 0) -> Tensor:
+    """Latents [count, latent_dim] that stay the same for all pictures and samples of a seed; from number `first` on."""
+    return normal(seed, _PICTURES, range(first, first + count), latent_dim)
+
+
+def score_draws(seed: int, numbers: range, latent_dim: int, num_samples: int) -> Tensor:
+    """Draws [len(numbers), num_samples, latent_dim] for the scores of these image numbers."""
+    return normal(seed, _SCORES, numbers, num_samples * latent_dim).unflatten(1, (num_samples, latent_dim))
 
 
 def _uniform(seed: int, purpose: int, numbers: range, count: int) -> np.ndarray:

@@ -72,9 +72,9 @@ class Tracker:
                 "substituted": "substituted",
             }  # fmt: skip
             named = {name.split("/")[-1]: value for name, value in values.items()}
-            self.bar.set_postfix(
-                {short: f"{named[name]:.4g}" for name, short in short_names.items() if name in named}, refresh=False
-            )
+            told = {short: f"{named[name]:.4g}" for name, short in short_names.items() if name in named}
+            if told:
+                self.bar.set_postfix(told, refresh=False)
 
     def picture(self, name: str, pixels: np.ndarray, images_seen: int) -> str:
         """A PNG under pictures/ and in TensorBoard. Returns its path."""
@@ -98,7 +98,7 @@ class Tracker:
 
         flat = {
             key: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for key, value in _flatten(settings).items()
+            for key, value in flatten(settings).items()
         }
         # The table takes each metric's last value from the scalars of the same name.
         for summary in hparams(flat, metrics):
@@ -178,8 +178,8 @@ def _disk_errors(where: str) -> Iterator[None]:
         ) from error
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

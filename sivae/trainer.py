@@ -34,6 +34,7 @@ from sivae.config import Config
 from sivae.data import Batch, ImageStream, open_stream
 from sivae.distributed import Group
 from sivae.errors import UserError, shown
+from sivae.evaluator import Evaluator
 from sivae.objectives import Draws
 from sivae.signals import StopSignals
 from sivae.state import TrainingState, peak_memory_bytes
@@ -83,6 +84,7 @@ class Trainer:
         group.on_main(self._prepare)
         found = self._read_checkpoint()
         self.streams = self._open_streams()
+        self.evaluator = Evaluator(settings, group, self.folder)
         self.state = TrainingState(settings, group, self.passes[0])
         self.images_seen, self.attempt = 0, 0
         self.saved: checkpoint.Checkpoint | None = None
@@ -110,7 +112,9 @@ class Trainer:
             if interrupted:
                 self.tracker.note(f"stopped, checkpoint {self.saved.name} saved; run the same command to go on")
             else:
-                self.group.on_main(lambda: self.tracker.hparams(config.dump(self.settings), self.metrics))
+                self.group.on_main(
+                    lambda: self.tracker.hparams(config.dump(self.settings), self.metrics | self.evaluator.figures)
+                )
         except BaseException:
             try:
                 self.tracker.close()
@@ -120,7 +124,8 @@ class Trainer:
         self.group.on_main(self.tracker.close)
         if self.lock is not None:
             self.lock.close()
-        return Result(self.images_seen, interrupted, self.metrics, self.saved and self.saved.name, self.picture)
+        metrics = self.metrics | self.evaluator.figures
+        return Result(self.images_seen, interrupted, metrics, self.saved and self.saved.name, self.picture)
 
     def _loop(self, stop: StopSignals) -> bool:
         """Train to the end, or until somebody asks to stop; True when interrupted."""
@@ -148,7 +153,9 @@ class Trainer:
             logs, draws, saves = (
                 last or self._due(n) for n in (tracking.log_images, tracking.picture_images, run.checkpoint_images)
             )
-            if (logs or draws or saves or always_looks) and (bad := self.state.gate.read()):
+            # A model that is still growing makes images of another size.
+            evaluates = batch is not None and self.grown and self.evaluator.due(self.images_seen, self.batch_size, last)
+            if (logs or draws or saves or evaluates or always_looks) and (bad := self.state.gate.read()):
                 self._handle(bad)
                 batches = self.stream.batches(self.images_seen)
                 continue
@@ -156,10 +163,13 @@ class Trainer:
                 self._log()
             if draws and batch is not None:
                 self._draw()
+            if evaluates:
+                saves |= self._evaluate()
             if saves:
                 self._save()
             if logs or saves:
-                self.stop_asked |= bool(self.report(self.metrics, self.saved and self.saved.name))
+                metrics = self.metrics | self.evaluator.figures
+                self.stop_asked |= bool(self.report(metrics, self.saved and self.saved.name))
             if batch is None:
                 return True
         return False
@@ -173,6 +183,11 @@ class Trainer:
     @property
     def batch_size(self) -> int:
         return self.levels[self.level].batch_size
+
+    @property
+    def grown(self) -> bool:
+        """Whether the last level has faded in."""
+        return self.level == len(self.levels) - 1 and self.blend == 1
 
     @property
     def resolution(self) -> int:
@@ -395,6 +410,17 @@ class Trainer:
 
         self.picture = self.group.on_main(draw)
 
+    def _evaluate(self) -> bool:
+        """Judge the averaged weights; True when they are the best so far, and to be saved."""
+        start = time.monotonic()
+        sentence = self.evaluator.run(self.group.broadcast(self.state.average()), self.images_seen)
+        if sentence:
+            self.tracker.note(sentence)
+        else:
+            self.group.on_main(lambda: self.tracker.scalars(self.evaluator.figures, self.images_seen))
+        self.interval_start_sec += time.monotonic() - start  # speed is that of training
+        return self.evaluator.is_best(self.images_seen)
+
     # Data and checkpoints
 
     def _prepare(self) -> None:
@@ -402,14 +428,8 @@ class Trainer:
         run_directory.prepare(self.folder, self.settings, self.group.world_size)
 
     def _open_streams(self) -> list[ImageStream]:
-        """One for each level, on every rank by itself; what one cannot open is an error of all."""
-        streams, failure = [], None
-        try:
-            streams = [self._open_stream(level) for level in self.levels]
-        except UserError as error:
-            failure = error
-        self.group.agree(False, failure)
-        return streams
+        """One for each level, so that a level that cannot be read is known at the start."""
+        return self.group.together(lambda: [self._open_stream(level) for level in self.levels])
 
     def _open_stream(self, level: config.LevelSettings) -> ImageStream:
         data, model, group = self.settings.data, self.settings.model, self.group
@@ -435,11 +455,13 @@ class Trainer:
             "objective": self.settings.objective.model_dump(mode="json"), "seed": self.settings.run.seed,
             "data": {"url": shown(self.settings.data.url), "digest": self.streams[-1].digest}, "version": __version__,
             "resolution": self.resolution, "stage": self._stage(),
+            "evaluation": self.evaluator.at(self.images_seen),
         }  # fmt: skip
         name = self.group.on_main(
             lambda: checkpoint.save(self.folder, state, tensors, self.settings.run.keep_checkpoints)
         )
         self.saved = checkpoint.Checkpoint(name, state, {})
+        self.evaluator.saved(name, state["evaluation"])
         self.tracker.sync()
 
     def _read_checkpoint(self) -> checkpoint.Checkpoint | None:
@@ -482,6 +504,7 @@ class Trainer:
         self.negative_gaps = found.state["negative_gaps"]
         self.substituted, self.new_substituted = found.state.get("substituted", 0), 0
         self.saved = checkpoint.Checkpoint(found.name, found.state, {})
+        self.evaluator.saved(found.name, found.state.get("evaluation"))
 
     def _due(self, every_images: int) -> bool:
         return schedule.due(self.images_seen, self.batch_size, every_images)

@@ -1,1 +1,1 @@
-"""Figures of merit: pure functions of arrays; each file names its paper."""
+"""Figures of merit: pure functions of arrays; each file names its paper. `catalogue` has their names."""

@@ -1,0 +1,431 @@
+"""Judge a model: figures of its samples and reconstructions beside real images, on one rank or several.
+
+Work is divided into batches that are the same whatever the number of ranks, rank r taking every W-th, and sums are kept in
+float64: so several ranks give what one gives. Every figure goes with its `Protocol`, without which it says little.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sivae import __version__, real_statistics
+from sivae.data import Batch, ImageStream
+from sivae.distributed import Group
+from sivae.errors import UserError
+from sivae.images import to_float
+from sivae.inference import Model
+from sivae.metrics import catalogue, features, kid, precision_recall, reconstruction
+from sivae.metrics.catalogue import Figure
+from sivae.metrics.frechet import MomentSums, frechet_distance
+from sivae.progress import progress_bar
+from sivae.storage import Folder
+
+FOLDER = "evaluations"
+PUBLISHED_IMAGES, PUBLISHED_BATCH = 50_000, 32
+
+
+class NonFiniteImages(UserError):
+    """The model makes images that hold NaN or infinity: there is nothing to judge."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a model is judged, but for the detectors' files and the real images, which `Evaluation` adds."""
+
+    metrics: tuple[str, ...]
+    num_fakes: int = 50_000
+    num_reals: int | None = None
+    """The first so many of the split; None takes all."""
+    seed: int = 0
+    truncation: float = 1.0
+    truncation_layers: int | None = None
+    mode: Literal["eval", "train"] = "eval"
+    """Of BatchNorm: its running averages, or the statistics of each batch of `batch_size` images."""
+    batch_size: int = 64
+    rounding: Literal["nearest", "down"] = "nearest"
+    """How samples and reconstructions become uint8."""
+    name: str | None = None
+
+    @classmethod
+    def published(cls, metrics: tuple[str, ...], model: dict[str, Any], num_images: int) -> Protocol:
+        """As the paper's figures were made: averaged weights, no truncation, 50,000 samples, as uint8 rounded down, against
+        the first 50,000 training images (all `num_images` where there are fewer); BatchNorm in train mode, 32 images at a time.
+        """
+        batch_norm = model.get("norm") == "batch"
+        return cls(
+            metrics, PUBLISHED_IMAGES, min(PUBLISHED_IMAGES, num_images), mode="train" if batch_norm else "eval",
+            batch_size=PUBLISHED_BATCH if batch_norm else cls.batch_size, rounding="down", name="published",
+        )  # fmt: skip
+
+
+class Evaluation:
+    """Judges models of one shape against one set of real images. All methods are collectives: every rank calls them.
+
+    stream: the real images, at the model's resolution. detectors: where their files are, by name (see `open_detector`).
+    lpips: a TorchScript file, as PATH_OR_URL#sha256=HEX, that takes two batches [B, 3, H, W] in [-1, 1] and returns their
+    distances. statistics: where features of the real images are kept; None keeps them in this process alone. Raises
+    UserError when a figure cannot be computed from what there is, before anything is.
+    """
+
+    def __init__(
+        self, stream: ImageStream, protocol: Protocol, group: Group, *, detectors: dict[str, str] | None = None,
+        lpips: str | None = None, statistics: Folder | None = None, cache_dir: str | None = None, progress: bool = True,
+    ):  # fmt: skip
+        self.stream, self.group, self.statistics, self.progress = stream, group, statistics, progress
+        self.figures, self.protocol = group.together(lambda: self._resolve(protocol, detectors or {}))
+        group.on_main(
+            lambda: self._open(detectors or {}, lpips, cache_dir)
+        )  # one rank fetches, and the others find the files
+        group.together(lambda: self._open(detectors or {}, lpips, cache_dir))
+        self.real: dict[str, _Features] = {}
+
+    def _resolve(self, protocol: Protocol, detectors: dict[str, str]) -> tuple[tuple[Figure, ...], Protocol]:
+        """What to compute, and from how many images. What needs no detector is checked first: those may have to be fetched."""
+        figures, stream = catalogue.parse(protocol.metrics), self.stream
+        for name in ("num_fakes", "batch_size"):
+            if getattr(protocol, name) < 1:
+                raise UserError(f"{name}: {getattr(protocol, name)} is not a number of images")
+        num_reals = len(stream) if protocol.num_reals is None else protocol.num_reals
+        if not 1 <= num_reals <= len(stream):
+            raise UserError(f"num_reals: {num_reals:,} real images are asked for; {stream.where} has {len(stream):,}")
+        for figure in figures:
+            figure.check_size(stream.resolution)
+            figure.check_images(num_reals, protocol.num_fakes, None)
+        unknown = sorted({*detectors} - {figure.detector for figure in figures})
+        if unknown:
+            raise UserError(f"detector {unknown[0]}: no figure names it; metrics such as frechet_{unknown[0]} would")
+        return figures, replace(protocol, num_reals=num_reals)
+
+    def _open(self, detectors: dict[str, str], lpips: str | None, cache_dir: str | None) -> None:
+        shape = (self.stream.index.num_channels, self.stream.resolution, self.stream.resolution)
+        names = dict.fromkeys(figure.detector for figure in self.figures if figure.detector)
+        self.detectors = {
+            name: features.open_detector(name, detectors.get(name), shape, self.group.device, cache_dir)
+            for name in names
+        }
+        for figure in self.figures:
+            if figure.detector:
+                dim = self.detectors[figure.detector].dim
+                if dim > features.MAX_DIM:
+                    raise UserError(
+                        f"{figure.name}: its features have {dim:,} values, and figures take at most {features.MAX_DIM:,};"
+                        " take a detector such as inception"
+                    )
+                figure.check_images(self.protocol.num_reals, self.protocol.num_fakes, dim)
+        self.lpips = self._open_lpips(lpips, cache_dir)
+
+    def describe(self) -> dict[str, Any]:
+        """The whole protocol as plain JSON: what figures must share to be compared."""
+        fields = asdict(self.protocol)
+        stream = self.stream
+        kinds = {figure.kind for figure in self.figures}
+        described = {
+            "name": fields["name"],
+            "metrics": [figure.name for figure in self.figures],
+            "reals": {
+                "digest": stream.digest, "split": list(stream.index.splits), "count": fields["num_reals"], "of": len(stream),
+                "resolution": stream.resolution,
+            },
+            "fakes": {name: fields[name] for name in ("seed", "truncation", "truncation_layers")}
+            | {"count": fields["num_fakes"], "labels": "classes in turn"},
+            "uint8": f"rounded {'to the nearest' if fields['rounding'] == 'nearest' else 'down'}",
+            "mode": fields["mode"], "batch_size": fields["batch_size"],
+            "detectors": [detector.protocol for detector in self.detectors.values()],
+        }  # fmt: skip
+        if "kernel" in kinds:
+            described["kernel"] = {"subsets": kid.NUM_SUBSETS, "subset_size": kid.SUBSET_SIZE, "degree": 3}
+        if kinds & {"precision", "recall"}:
+            described["precision_recall_neighbours"] = precision_recall.PR_NEIGHBOURS
+        if kinds & {"density", "coverage"}:
+            described["density_coverage_neighbours"] = precision_recall.DC_NEIGHBOURS
+        if self.lpips is not None:
+            described["lpips"] = {"sha256": self.lpips[1]}
+        return described
+
+    @torch.no_grad()
+    def run(self, model: Model) -> dict[str, float]:
+        """The figures by name; a kernel distance also with its deviation over the subsets, as NAME_deviation.
+
+        Raises NonFiniteImages when the model makes such, and UserError when it is no model for this protocol.
+        """
+        self.group.together(lambda: self._check_model(model))
+        protocol = self.protocol
+        self._find_real()
+        missing = [name for name in self.detectors if name not in self.real]
+        of_features = bool(self.detectors)
+        of_reconstructions = any(figure.detector is None for figure in self.figures)
+        total = protocol.num_reals * (bool(missing) + of_reconstructions) + protocol.num_fakes * of_features
+        shows = self.progress and self.group.is_main
+        with _mode(model, protocol.mode), progress_bar(total, "judging", " images", enabled=shows) as self.bar:
+            if missing:
+                self._collect_real(missing)
+            fake = self._collect(list(self.detectors), protocol.num_fakes, self._samples(model)) if of_features else {}
+            figures = self._judge_reconstructions(model) if of_reconstructions else {}
+        figures |= self.group.on_main(lambda: self._judge_features(fake))
+        deviations = [f"{figure.name}_deviation" for figure in self.figures if figure.kind == "kernel"]
+        return {name: figures[name] for name in [*(figure.name for figure in self.figures), *deviations]}
+
+    # Real images
+
+    def _real_protocol(self, name: str) -> dict[str, Any]:
+        wants_all = any(figure.needs_features for figure in self.figures if figure.detector == name)
+        return {
+            "format": 1, "kind": "features" if wants_all else "moments", "digest": self.stream.digest,
+            "count": self.protocol.num_reals, "resolution": self.stream.resolution, "detector": self.detectors[name].protocol,
+        }  # fmt: skip
+
+    def _find_real(self) -> None:
+        """What earlier evaluations kept; only rank 0 needs it, and all know of it."""
+        for name in self.detectors:
+            if name not in self.real and self.statistics is not None:
+                protocol = self._real_protocol(name)
+                found = None
+
+                def look() -> bool:
+                    nonlocal found
+                    found = real_statistics.load(self.statistics, protocol)
+                    return found is not None
+
+                if self.group.on_main(look):
+                    self.real[name] = _Features.of(found, self.group.device) if found else _Features(0)
+
+    def _collect_real(self, names: list[str]) -> None:
+        self.real |= self._collect(names, self.protocol.num_reals, (batch.images for batch in self._real_batches()))
+        if self.statistics is not None:
+            self.group.on_main(lambda: self._keep_real(names))
+
+    def _keep_real(self, names: list[str]) -> None:
+        for name in names:
+            try:
+                real_statistics.save(self.statistics, self._real_protocol(name), self.real[name].tensors())
+            except UserError as error:  # a convenience: the figures do not need it
+                tqdm.write(f"sivae: features of the real images are not kept: {error}")
+
+    def _units(self, count: int) -> list[range]:
+        """Image numbers of this rank's batches."""
+        size, group = self.protocol.batch_size, self.group
+        starts = range(0, count, size)[group.rank :: group.world_size]
+        return [range(start, min(start + size, count)) for start in starts]
+
+    def _real_batches(self) -> Iterator[Batch]:
+        """This rank's real images, read a batch ahead. What one rank cannot read is an error of all, at the end."""
+        failure = None
+        units = self._units(self.protocol.num_reals)
+        with ThreadPoolExecutor(1) as reader:
+            waiting = [reader.submit(self.stream.sample, numbers) for numbers in units[:1]]
+            for following in [*units[1:], None]:
+                if not waiting:
+                    break
+                try:
+                    batch = waiting.pop().result()
+                except UserError as error:
+                    failure = error
+                    break
+                if following is not None:
+                    waiting.append(reader.submit(self.stream.sample, following))
+                yield batch
+        self.group.agree(False, failure)
+
+    # Features
+
+    def _samples(self, model: Model) -> Iterator[Tensor]:
+        protocol, bad = self.protocol, torch.zeros((), device=self.group.device)
+        for numbers in self._units(protocol.num_fakes):
+            made = model.sample(
+                len(numbers), seed=protocol.seed, batch_size=len(numbers), first=numbers.start,
+                truncation=protocol.truncation, truncation_layers=protocol.truncation_layers,
+            )  # fmt: skip
+            bad += _count_nonfinite(made)
+            yield model.to_uint8(made, truncate=protocol.rounding == "down")
+        self._refuse_nonfinite(bad, "samples")
+
+    def _collect(self, names: list[str], count: int, batches: Iterator[Tensor]) -> dict[str, _Features]:
+        """Features of all ranks' images; `batches` are this rank's, in the order of `_units`."""
+        device, units = self.group.device, iter(self._units(count))
+        found = {}
+        for name in names:
+            wants_all = any(figure.needs_features for figure in self.figures if figure.detector == name)
+            found[name] = _Features(self.detectors[name].dim, device, count if wants_all else 0)
+        for images in batches:
+            images, numbers = images.to(device, non_blocking=True), next(units)
+            for name in names:
+                found[name].add(self.detectors[name](images), numbers)
+            self._advance(len(images))
+        for collected in found.values():
+            for tensor in collected.tensors().values():
+                self.group.sum(tensor)
+        return found
+
+    def _judge_features(self, fake: dict[str, _Features]) -> dict[str, float]:
+        """On rank 0."""
+        figures: dict[str, float] = {}
+        for name in self.detectors:
+            kinds = {figure.kind: figure.name for figure in self.figures if figure.detector == name}
+            real, made = self.real[name], fake[name]
+            for what, collected in (("real images", real), ("samples", made)):
+                if not bool(collected.sums.total.isfinite().all()):
+                    raise UserError(f"detector {name}: its features of the {what} are not finite")
+            values: dict[str, float] = {}
+            if "frechet" in kinds:
+                values["frechet"] = frechet_distance(made.sums.moments(), real.sums.moments())
+            if "kernel" in kinds:
+                values["kernel"], deviation = kid.kernel_distance(real.rows, made.rows, seed=self.protocol.seed)
+                figures[f"{kinds['kernel']}_deviation"] = deviation
+            if kinds.keys() & {"precision", "recall"}:
+                pair = precision_recall.precision_recall(real.rows, made.rows)
+                values |= dict(zip(("precision", "recall"), pair))
+            if kinds.keys() & {"density", "coverage"}:
+                pair = precision_recall.density_coverage(real.rows, made.rows)
+                values |= dict(zip(("density", "coverage"), pair))
+            figures |= {kinds[kind]: value for kind, value in values.items() if kind in kinds}
+        return figures
+
+    # Reconstructions
+
+    def _judge_reconstructions(self, model: Model) -> dict[str, float]:
+        """Means over the real images, of 8-bit reconstructions from the mean of q(z | x)."""
+        kinds = [figure.kind for figure in self.figures if figure.detector is None]
+        device, count = self.group.device, self.protocol.num_reals
+        sums = torch.zeros(len(kinds), dtype=torch.float64, device=device)
+        bad = torch.zeros((), device=device)
+        for batch in self._real_batches():
+            images = batch.images.to(device)
+            again = model.reconstruct(images, batch.labels if model.num_classes else None)
+            bad += _count_nonfinite(again)
+            pair = to_float(images), to_float(model.to_uint8(again, truncate=self.protocol.rounding == "down"))
+            sums += torch.stack([self._reconstruction(kind, *pair).double().sum() for kind in kinds])
+            self._advance(len(images))
+        self._refuse_nonfinite(bad, "reconstructions")
+        return dict(zip(kinds, (self.group.sum(sums) / count).tolist()))
+
+    def _reconstruction(self, kind: str, real: Tensor, again: Tensor) -> Tensor:
+        if kind != "lpips":
+            return getattr(reconstruction, kind)(real, again)
+        pair = (image.expand(-1, 3, -1, -1) * 2 - 1 for image in (real, again))
+        return self.lpips[0](*pair).reshape(len(real))
+
+    def _open_lpips(self, location: str | None, cache_dir: str | None) -> tuple[Any, str] | None:
+        if not any(figure.kind == "lpips" for figure in self.figures):
+            return None
+        if location is None:
+            raise UserError("lpips: needs its weights; give a TorchScript file of them with --lpips PATH_OR_URL")
+        place, _, expected = location.partition("#")
+        path, digest = features.fetch(place, expected.removeprefix("sha256=").lower() or None, "lpips", cache_dir)
+        network = features.load_script(path, "lpips", self.group.device)
+        blank = torch.zeros(2, 3, self.stream.resolution, self.stream.resolution, device=self.group.device)
+        try:
+            fits = network(blank, blank).numel() == 2
+        except Exception:  # noqa: BLE001 (a file of others can raise anything)
+            fits = False
+        if not fits:
+            raise UserError(
+                f"lpips: {path} does not return a distance for each of two images [2, 3, {self.stream.resolution},"
+                f" {self.stream.resolution}] in [-1, 1]"
+            )
+        return network, digest
+
+    # What both need
+
+    def _check_model(self, model: Model) -> None:
+        protocol, index = self.protocol, self.stream.index
+        shape = (index.num_channels, self.stream.resolution, self.stream.resolution)
+        if model.sample_shape != shape:
+            raise UserError(f"the model makes images of shape {model.sample_shape}, and the real ones have {shape}")
+        if protocol.mode == "train" and model.settings.get("norm") != "batch":
+            raise UserError("mode: train is for models with BatchNorm (model.norm=batch); this has none")
+        if protocol.truncation != 1 and model.settings["family"] != "style":
+            raise UserError(f"truncation: only the style family has it, not {model.settings['family']}")
+        if model.num_classes and any(figure.detector is None for figure in self.figures):
+            if (index.num_classes or 0) != model.num_classes:
+                raise UserError(
+                    f"reconstructions of this model need the labels of its {model.num_classes} classes; {self.stream.where}"
+                    f" has {index.num_classes or 'no'} classes"
+                )
+
+    def _refuse_nonfinite(self, bad: Tensor, what: str) -> None:
+        count = int(self.group.sum(bad).item())
+        if count:
+            raise NonFiniteImages(
+                f"{count:,} {what} of this model hold NaN or infinity; nothing is judged", shared=True
+            )
+
+    def _advance(self, count: int) -> None:
+        # Rank 0's bar stands for all ranks, whose shares are equal but for a batch.
+        self.bar.update(min(count * self.group.world_size, self.bar.total - self.bar.n))
+
+
+class _Features:
+    """Of `count` images: the sums for moments and, where `num_rows` is given, all vectors, float32 [num_rows, dim]."""
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu", num_rows: int = 0):
+        self.sums = MomentSums(dim, device)
+        self.rows = torch.zeros(num_rows, dim, device=device)
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], device: torch.device) -> _Features:
+        """From what `tensors` gave."""
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        made = cls(0)
+        made.sums, made.rows = MomentSums.of(tensors), tensors["rows"]
+        return made
+
+    def add(self, features: Tensor, numbers: range) -> None:
+        self.sums.add(features)
+        if len(self.rows):
+            self.rows[numbers.start : numbers.stop] = features
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.sums.tensors() | {"rows": self.rows}
+
+
+@contextmanager
+def _mode(model: Model, mode: str) -> Iterator[None]:
+    """`train` lets BatchNorm take the statistics of each batch, and leaves its running averages as they are."""
+    norms = [
+        m for network in (model.encoder, model.decoder) for m in network.modules() if isinstance(m, nn.BatchNorm2d)
+    ]
+    for norm in norms if mode == "train" else ():
+        norm.train()
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.eval()
+            norm.track_running_stats = True
+
+
+def _count_nonfinite(images: Tensor) -> Tensor:
+    return (~images.isfinite()).flatten(1).any(dim=1).sum()
+
+
+def write(
+    run: Folder, evaluation: Evaluation, figures: dict[str, float], *, weights: str, info: dict[str, Any], data_url: str
+) -> str:
+    """Keep figures with their protocol under evaluations/ of a run or model. Returns the file's path or URL.
+
+    The same checkpoint judged again by the same protocol takes the same name.
+    """
+    protocol = evaluation.describe() | {"weights": weights}
+    images_seen = info.get("images_seen")
+    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{images_seen:012d}-{key}.json" if images_seen is not None else f"{key}.json"
+    protocol["reals"]["url"] = data_url
+    content = {
+        "figures": {name: value if abs(value) < float("inf") else str(value) for name, value in figures.items()},
+        "protocol": protocol, "images_seen": images_seen, "sivae": __version__, "torch": torch.__version__,
+        "device": str(evaluation.group.device), "ranks": evaluation.group.world_size, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+    run.write(json.dumps(content, indent=1).encode(), FOLDER, name)
+    return f"{run.url}/{FOLDER}/{name}"

@@ -1,0 +1,103 @@
+"""Judging a run while it trains, as `sivae evaluate` does afterwards, and keeping its best checkpoint.
+
+The best is a pointer beside the checkpoints, which their cleaning respects. A checkpoint holds the figure it was judged by, so
+that a run killed between the checkpoint and the pointer finds its best again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from sivae import checkpoint, inference, real_statistics, schedule
+from sivae.config import Config
+from sivae.data import open_stream
+from sivae.distributed import Group
+from sivae.errors import shown
+from sivae.evaluate import Evaluation, NonFiniteImages, Protocol, write
+from sivae.storage import Folder
+
+
+class Evaluator:
+    """Does nothing where `evaluate.every_images` is None. All methods but `at` and `due` are collectives."""
+
+    def __init__(self, settings: Config, group: Group, run: Folder):
+        self.settings, self.group, self.run_folder = settings, group, run
+        self.figures: dict[str, float] = {}
+        """The last ones, as metrics.jsonl has them."""
+        self.judged: tuple[int, float] | None = None  # images seen, and the figure that decides
+        if settings.evaluate.every_images is None:
+            return
+        evaluate, data, model = settings.evaluate, settings.data, settings.model
+        self.url = evaluate.data or data.url
+        stream = group.together(
+            lambda: open_stream(
+                self.url, split=evaluate.split or data.split, resolution=model.resolution, num_channels=model.num_channels,
+                batch_size=1, random_crop=data.random_crop and evaluate.data is None, cache_dir=data.cache_dir,
+                cache_bytes=data.cache_bytes, storage_options=data.storage_options, timeout_sec=data.timeout_sec,
+                progress=group.is_main,
+            )
+        )  # fmt: skip
+        protocol = Protocol(
+            tuple(evaluate.metrics), evaluate.num_fakes, evaluate.num_reals, batch_size=evaluate.batch_size
+        )
+        self.evaluation = Evaluation(
+            stream, protocol, group, detectors=evaluate.detectors, lpips=evaluate.lpips,
+            statistics=real_statistics.default_folder(data.cache_dir), cache_dir=data.cache_dir, progress=False,
+        )  # fmt: skip
+        self.decides = self.evaluation.figures[0]
+
+    def due(self, images_seen: int, batch_size: int, last: bool) -> bool:
+        every = self.settings.evaluate.every_images
+        return every is not None and (last or schedule.due(images_seen, batch_size, every))
+
+    def run(self, average: dict[str, Tensor], images_seen: int) -> str | None:
+        """Judge the averaged weights, which every rank holds; `figures` has the result. Returns what a person should hear."""
+        model = inference.Model(self.settings.model.model_dump(), self.group.device)
+        inference.fill(model, average, "the running average")
+        self.figures, self.judged = {}, None
+        try:
+            found = self.evaluation.run(model)
+        except NonFiniteImages as error:
+            return str(error)
+        self.figures = {f"evaluate/{name}": value for name, value in found.items()}
+        value = found[self.decides.name]
+        if math.isfinite(value):
+            self.judged = images_seen, value
+        info = {"images_seen": images_seen}
+        self.group.on_main(
+            lambda: write(
+                self.run_folder, self.evaluation, found, weights="average", info=info, data_url=shown(self.url)
+            )
+        )
+        return None
+
+    def at(self, images_seen: int) -> dict[str, Any] | None:
+        """What a checkpoint keeps of its own judgement."""
+        if self.judged is None or self.judged[0] != images_seen:
+            return None
+        return {"figure": self.decides.name, "value": self.judged[1]}
+
+    def is_best(self, images_seen: int) -> bool:
+        """Whether the weights of this moment were judged better than the best checkpoint."""
+        judged = self.at(images_seen)
+        return self.group.on_main(lambda: judged is not None and self._beats(judged["value"]))
+
+    def saved(self, name: str, judged: dict[str, Any] | None) -> None:
+        """A checkpoint was written or read back, with what was judged of it: it may be the best."""
+        if self.settings.evaluate.every_images is None or judged is None or judged["figure"] != self.decides.name:
+            return
+
+        def point() -> None:
+            if self._beats(judged["value"]):
+                checkpoint.set_best(self.run_folder, name, judged["figure"], judged["value"])
+
+        self.group.on_main(point)
+
+    def _beats(self, value: float) -> bool:
+        best = checkpoint.best(self.run_folder)
+        if best is None or best["figure"] != self.decides.name:
+            return True
+        return value > best["value"] if self.decides.higher_is_better else value < best["value"]

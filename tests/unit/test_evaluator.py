@@ -1,0 +1,141 @@
+"""A run that is judged while it trains: figures in metrics.jsonl, TensorBoard and evaluations/; its best checkpoint stays, also
+when the run is killed or started again.
+
+    python -m pytest tests/unit/test_evaluator.py
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import sivae
+from sivae import checkpoint, config, inference, trainer
+from sivae.data import open_stream
+from sivae.errors import UserError
+from sivae.evaluate import Evaluation, Protocol
+from sivae.storage import Folder
+from tests.unit.judged import ALONE
+
+
+@pytest.fixture
+def train(cache_dir, tmp_path, monkeypatch):
+    """Train a small model on digits; the figures of successive judgements are those of `values`, where given."""
+
+    def run(*overrides, values=None):
+        settings = config.load(
+            "configs/digits.yaml",
+            [
+                f"run.directory={tmp_path / 'run'}", f"data.cache_dir={cache_dir}", "data.num_workers=0", "model.channels=[8,16]",
+                "model.latent_dim=4", "schedule.total_images=160", "run.checkpoint_images=1000", "run.keep_checkpoints=1",
+                "tracking.log_images=80", "tracking.picture_images=10000", "tracking.progress=false", "tracking.tensorboard=false",
+                "evaluate.every_images=32", "evaluate.metrics=[mse]", *overrides,
+            ],
+        )  # fmt: skip
+        if values is not None:
+            numbers = iter(values)
+            monkeypatch.setattr(Evaluation, "run", lambda self, model: {self.figures[0].name: next(numbers)})
+        return trainer.train(settings)
+
+    run.folder = tmp_path / "run"
+    return run
+
+
+def lines(folder: Path):
+    held = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["images_seen"]: line for line in held if any(key.startswith("evaluate/") for key in line)}
+
+
+def names(folder: Path):
+    return checkpoint.list_names(Folder(str(folder)))
+
+
+def best(folder: Path):
+    return checkpoint.best(Folder(str(folder)))
+
+
+def test_the_figures_are_those_of_the_averaged_weights(train, cache_dir):
+    result = train("evaluate.metrics=[frechet_pixels,mse]", "evaluate.num_fakes=300", "run.checkpoint_images=32",
+                   "run.keep_checkpoints=9", "tracking.tensorboard=true")  # fmt: skip
+    held = lines(train.folder)
+    assert list(held) == [32, 64, 96, 128, 160] and result.metrics["evaluate/mse"] == held[160]["evaluate/mse"]
+    assert len(list((train.folder / "evaluations").iterdir())) == 5
+    file = next((train.folder / "evaluations").glob("000000000064-*.json"))
+    assert json.loads(file.read_text())["figures"]["mse"] == held[64]["evaluate/mse"]
+    # As `sivae evaluate` gives for the same checkpoint afterwards
+    stream = open_stream("digits:", resolution=16, batch_size=1, cache_dir=cache_dir)
+    evaluation = Evaluation(stream, Protocol(("frechet_pixels", "mse"), 300), ALONE, progress=False)
+    again = evaluation.run(sivae.load(f"{train.folder}/checkpoints/000000000064"))
+    assert again == {name: held[64][f"evaluate/{name}"] for name in again}
+
+
+def test_the_best_checkpoint_stays(train):
+    train(values=[5.0, 3.0, 4.0, 6.0, 7.0])
+    assert names(train.folder) == ["000000000064", "000000000160"]
+    assert best(train.folder) == {"name": "000000000064", "figure": "mse", "value": 3.0}
+    loaded = sivae.load(f"{train.folder}/checkpoints/best")
+    assert loaded.info["images_seen"] == 64
+    assert sivae.load(str(train.folder)).info["images_seen"] == 160
+
+
+def test_higher_is_better_for_some(train):
+    train("evaluate.metrics=[psnr]", values=[5.0, 3.0, 6.0, 6.0, 2.0])
+    assert best(train.folder) == {"name": "000000000096", "figure": "psnr", "value": 6.0}
+
+
+def test_started_again_it_remembers_its_best(train):
+    train("schedule.total_images=96", values=[5.0, 3.0, 4.0])
+    train(values=[3.5, 3.2])
+    assert best(train.folder)["name"] == "000000000064" and names(train.folder) == ["000000000064", "000000000160"]
+    train("schedule.total_images=192", values=[1.0])
+    assert best(train.folder)["name"] == "000000000192"
+    assert list(lines(train.folder)) == [32, 64, 96, 128, 160, 192]
+
+
+def test_killed_before_the_pointer_was_written_it_is_found_again(train):
+    train("schedule.total_images=64", values=[5.0, 3.0])
+    (train.folder / "checkpoints" / "best.json").unlink()
+    assert best(train.folder) is None
+    train(values=[4.0, 6.0, 7.0])
+    assert best(train.folder) == {"name": "000000000064", "figure": "mse", "value": 3.0}
+
+
+def test_a_figure_that_is_not_finite_is_never_the_best(train):
+    train(values=[float("nan"), float("inf"), 5.0, float("nan"), 6.0])
+    assert best(train.folder)["value"] == 5.0
+
+
+def test_a_model_that_makes_nan_is_told_and_trains_on(train, monkeypatch, capsys):
+    sample = inference.Model.sample
+    monkeypatch.setattr(inference.Model, "sample", lambda self, *a, **k: sample(self, *a, **k) * torch.nan)
+    result = train("evaluate.metrics=[frechet_pixels]", "evaluate.num_fakes=300")
+    assert result.images_seen == 160 and best(train.folder) is None and not lines(train.folder)
+    assert "300 samples of this model hold NaN" in capsys.readouterr().err
+
+
+def test_another_deciding_figure_starts_anew(train):
+    train("schedule.total_images=64", values=[5.0, 3.0])
+    train("evaluate.metrics=[psnr]", values=[1.0, 0.5, 0.4])
+    assert best(train.folder) == {"name": "000000000096", "figure": "psnr", "value": 1.0}
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("evaluate.metrics=[banana]", "metrics: 'banana' is unknown"),
+        ("evaluate.metrics=[ms_ssim]", "needs images of at least 176 pixels"),
+        ("evaluate.split=test", "there is no split 'test'"),
+        ("evaluate.num_reals=5000", "has 1,797"),
+    ],
+)
+def test_what_cannot_be_judged_is_said_before_training(train, override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        train(override)
+    assert not (train.folder / "metrics.jsonl").exists()
+
+
+def test_without_the_setting_nothing_changes(train):
+    result = train("evaluate.every_images=null")
+    assert not (train.folder / "evaluations").exists() and best(train.folder) is None
+    assert not any(name.startswith("evaluate/") for name in result.metrics)
