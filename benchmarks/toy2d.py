@@ -62,7 +62,9 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "toy2d-benchmark", help="states of what is trained")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / "toy2d-benchmark", help="states of what is trained"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table-only", action="store_true")
     options = parser.parse_args()

@@ -30,9 +30,7 @@ class StackedModels:
         self.encoder, self.decoder = (
             MlpStack([network.to(device) for network in column], dtype) for column in zip(*networks)
         )
-        self.adams = [
-            torch.optim.Adam(stack.parameters, lr=lr, fused=True) for stack in (self.encoder, self.decoder)
-        ]
+        self.adams = [torch.optim.Adam(stack.parameters, lr=lr, fused=True) for stack in (self.encoder, self.decoder)]
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and Adam's state by name, on the CPU, to save and to `load`."""
@@ -49,7 +47,8 @@ class StackedModels:
             for index, parameter in enumerate(stack.parameters):
                 parameter.copy_(tensors[f"{name}.{index}.weight"])
                 adam.state[parameter] = {
-                    key: tensors[f"{name}.{index}.{key}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: tensors[f"{name}.{index}.{key}"].to(parameter.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
                 }
 
     def fits(self, tensors: dict[str, Tensor]) -> bool:
