@@ -10,9 +10,9 @@ What a model draws is a function of its seed and the images seen: the seeds trai
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
-import math
 from typing import Any, Literal
 
 import numpy as np
@@ -128,19 +128,18 @@ def train(settings: Toy2dConfig, description: str = "train") -> list[dict[str, A
     of each seed, in their order; see `judge`. Raises Stopped on a signal, UserError on what a user can mend."""
     folder = Folder(settings.run.directory)
     folder.write(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode(), "config.yaml")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("pictures of densities need matplotlib; install it, or sivae[plots]")
     networks = train_networks(settings, folder, description)
     density, found = DENSITIES[settings.density], []
-    drawn = []
     with progress_bar(len(networks), "judge", " models") as bar:
         for seed, model in zip(settings.run.seeds, networks):
-            figures, grid = judge(model, density, seed)
-            figures = {"seed": seed, **figures}
-            found.append(figures)
-            drawn.append((seed, model, grid))
+            found.append({"seed": seed, **judge(model, density, seed)})
             inference.export(model, f"{folder.url}/models/{seed}")
             bar.update()
     folder.write(json.dumps(found, indent=1).encode(), FIGURES_FILE)
-    folder.write(draw(density, drawn), PICTURE_FILE)
+    titled = {f"seed {seed}": model for seed, model in zip(settings.run.seeds, networks)}
+    folder.write(draw(density, titled), PICTURE_FILE)
     return found
 
 
@@ -189,8 +188,8 @@ def step_draws(
     return torch.stack(points).to(device), Draws(*normals.unbind(0), eps_rec_d=None, eps_fake_d=None)
 
 
-def judge(model: inference.Model, density: Density, seed: int) -> tuple[dict[str, Any], Tensor]:
-    """Figures of one model, and its negative ELBOs on the grid [GRID_SIDE, GRID_SIDE].
+def judge(model: inference.Model, density: Density, seed: int) -> dict[str, Any]:
+    """Figures of one model.
 
     finite: whether all weights and samples are; without it the others are None. kl, jsd, gnelbo: as published.
     histogram_kl, histogram_jsd: the textbook's. modes, on_mode: covered ones and share of points, where there are modes.
@@ -217,7 +216,21 @@ def judge(model: inference.Model, density: Density, seed: int) -> tuple[dict[str
         figures |= dict(zip(names, values))
         if density.centers is not None:
             figures["modes"], figures["on_mode"] = metrics.mode_coverage(fake, density.centers.numpy(), density.std)
-    return figures, grid.view(GRID_SIDE, GRID_SIDE)
+    return figures
+
+
+def table(found: list[dict[str, Any]]) -> list[str]:
+    """The figures of all seeds as lines of text, a column for each figure."""
+    names = [name for name in found[0] if name != "num_modes"]
+    cells = [names, *([_shown(entry[name]) for name in names] for entry in found)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
+    return ["  ".join(value.rjust(width) for value, width in zip(row, widths)) for row in cells]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else f"{value:.4g}"
 
 
 @torch.no_grad()
@@ -235,26 +248,26 @@ def _decode(model: inference.Model, z: Tensor) -> Tensor:
     return torch.cat([model.decode(part).cpu() for part in z.split(8192)])
 
 
-def draw(density: Density, drawn: list[tuple[int, inference.Model, Tensor]]) -> bytes:
-    """PNG: the true density and real points, and of each seed exp(ELBO), scaled to its largest value, and 2,000 samples."""
+def draw(density: Density, titled: dict[str, inference.Model]) -> bytes:
+    """PNG: the true density above real points, and for each model exp(ELBO) above samples; each density by its own scale."""
     from matplotlib.figure import Figure
 
     limit = density.limit
     axis = (torch.arange(300) + 0.5) / 300 * 2 * limit - limit
-    true = density.density(torch.cartesian_prod(axis, axis)).view(300, 300)
+    grid = torch.cartesian_prod(axis, axis)
     generator = torch.Generator().manual_seed(0)
-    columns = [("real", true, density.sample(2000, generator))]
-    for seed, model, grid in drawn:
-        samples = _decode(model, torch.randn(2000, model.latent_dim, generator=generator))
-        columns.append((f"seed {seed}", (-grid).exp(), samples))
+    columns = {"real": (density.density(grid), density.sample(2000, generator))}
+    for title, model in titled.items():
+        z = torch.randn(2000, model.latent_dim, generator=generator)
+        columns[title] = (-negative_elbo(model, grid)).exp(), _decode(model, z)
     figure = Figure(figsize=(2.6 * len(columns), 5.4), layout="constrained")
-    for index, (title, heights, points) in enumerate(columns):
-        top = figure.add_subplot(2, len(columns), 1 + index, title=title)
-        top.imshow(heights.T, origin="lower", extent=(-limit, limit, -limit, limit), cmap="magma")
+    for index, (title, (heights, points)) in enumerate(columns.items()):
+        above = figure.add_subplot(2, len(columns), 1 + index, title=title)
+        above.imshow(heights.view(300, 300).T, origin="lower", extent=(-limit, limit, -limit, limit), cmap="magma")
         below = figure.add_subplot(2, len(columns), 1 + index + len(columns))
         below.scatter(*points.T, s=1.5, linewidths=0, color="tab:blue" if index else "black")
         below.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-        for axes in (top, below):
+        for axes in (above, below):
             axes.set(xticks=[], yticks=[])
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
