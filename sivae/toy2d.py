@@ -127,7 +127,6 @@ def train(settings: Toy2dConfig, description: str = "train") -> list[dict[str, A
     """Train all seeds, or go on where the run directory's state stands; judge, draw, write everything. Returns the figures
     of each seed, in their order; see `judge`. Raises Stopped on a signal, UserError on what a user can mend."""
     folder = Folder(settings.run.directory)
-    folder.write(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode(), "config.yaml")
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("pictures of densities need matplotlib; install it, or sivae[plots]")
     networks = train_networks(settings, folder, description)
@@ -151,6 +150,7 @@ def train_networks(settings: Toy2dConfig, folder: Folder, description: str) -> l
         [models.build(seed=seed, **fields) for seed in seeds], rates.lr, getattr(torch, settings.run.precision), device
     )
     images_seen = _restore(stack, settings, folder)
+    folder.write(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode(), "config.yaml")
     objective = objectives.build(num_values=2, **settings.objective.loss_fields())
     warm_up = objectives.Vae(objective.beta_rec, objective.beta_kl, objective.reconstruction)
     size, density = rates.batch_size, DENSITIES[settings.density]
