@@ -4,18 +4,21 @@
 
 A cell is a method on a density: the recipe of configs/toy2d, 2,000 steps as a VAE and 28,000 more, of 512 points. Its missing
 seeds are trained together, and their figures stored under results/toy2d as soon as they are there; killed and run again, it
-goes on. After each cell, and with --table-only at once, it writes the table and the pictures of what there is.
+goes on. After each cell, and with --table-only at once, it writes the table and the pictures of what there is. --unfinished
+judges also what has been stopped on the way; the table says after how many steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 import sivae
 from sivae import config, toy2d
@@ -33,6 +36,7 @@ METHODS = {
     "soft_intro_vae": ("Soft-IntroVAE", "soft_intro_vae", []),
     "intro_vae": ("IntroVAE", "intro_vae", []),
 }
+BATCH_SIZE, STEPS = 512, 30_000
 PAPER = ["8gaussians", "2spirals", "checkerboard", "rings"]
 FIGURES = {
     "gnelbo": ("gnELBO (1e-7)", 1e7, 2), "kl": ("KL", 1, 2), "jsd": ("JSD", 1, 2),
@@ -51,26 +55,43 @@ def read(output: Path, density: str, method: str, precision: str) -> dict[int, d
     return {entry["seed"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
 
 
+def read_settings(options: argparse.Namespace, density: str, method: str, *overrides: str) -> toy2d.Toy2dConfig:
+    _, name, own = METHODS[method]
+    path = ROOT / "configs" / "toy2d" / f"{density}.yaml"
+    fixed = [f"method={name}", f"run.precision={options.precision}"]
+    return config.load(str(path), [*fixed, *own, *overrides], toy2d.Toy2dConfig)
+
+
 def train_missing(options: argparse.Namespace, density: str, method: str) -> None:
+    whole = read_settings(options, density, method).schedule.total_images
     done = read(options.output, density, method, options.precision)
-    missing = [seed for seed in options.seeds if seed not in done]
-    if not missing:
-        return
-    _, name, overrides = METHODS[method]
-    directory = options.work / f"{density}-{method}-{options.precision}-{'-'.join(map(str, missing))}"
-    settings = config.load(
-        str(ROOT / "configs" / "toy2d" / f"{density}.yaml"),
-        [
-            f"run.directory={directory}", f"run.seeds={missing}", f"method={name}", f"run.precision={options.precision}",
-            *overrides,
-        ],
-        toy2d.Toy2dConfig,
-    )  # fmt: skip
-    for entry in toy2d.train(settings, f"{density} {method} {missing}"):
-        done[entry["seed"]] = entry
+    missing = [seed for seed in options.seeds if seed not in done or done[seed]["images_seen"] < whole]
+    if missing:
+        directory = options.work / f"{density}-{method}-{options.precision}-{'-'.join(map(str, missing))}"
+        settings = read_settings(options, density, method, f"run.directory={directory}", f"run.seeds={missing}")
+        store(options, density, method, toy2d.train(settings, f"{density} {method} {missing}"))
+
+
+def judge_unfinished(options: argparse.Namespace, density: str, method: str) -> None:
+    """Figures of models whose run has a state but no figures yet, from a copy of the state."""
+    for directory in options.work.glob(f"{density}-{method}-{options.precision}-*[0-9]"):
+        if not (directory / toy2d.STATE_FILE).exists() or (directory / toy2d.FIGURES_FILE).exists():
+            continue
+        copy = directory.with_name(f"{directory.name}-unfinished")
+        copy.mkdir(exist_ok=True)
+        shutil.copy(directory / toy2d.STATE_FILE, copy)
+        state = load_file(copy / toy2d.STATE_FILE)
+        overrides = [f"run.directory={copy}", f"run.seeds={state['seeds'].tolist()}"]
+        # Nothing is left to train of a run that ends where it is.
+        overrides.append(f"schedule.total_images={int(state['images_seen'])}")
+        store(options, density, method, toy2d.train(read_settings(options, density, method, *overrides)))
+
+
+def store(options: argparse.Namespace, density: str, method: str, figures: list[dict]) -> None:
+    entries = read(options.output, density, method, options.precision) | {entry["seed"]: entry for entry in figures}
     path = cell_file(options.output, density, method, options.precision)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([done[seed] for seed in sorted(done)], indent=1) + "\n")
+    path.write_text(json.dumps([entries[seed] for seed in sorted(entries)], indent=1) + "\n")
 
 
 def row(label: str, seeds: dict[int, dict]) -> str:
@@ -84,6 +105,9 @@ def row(label: str, seeds: dict[int, dict]) -> str:
     modes = [f"{entry['modes']}/{entry['num_modes']}" for entry in finite if "modes" in entry]
     on_mode = [entry["on_mode"] for entry in finite if "on_mode" in entry]
     cells += [", ".join(modes), f"{statistics.mean(on_mode):.2f}" if on_mode else "", f"{len(finite)} of {len(seeds)}"]
+    steps = sorted({entry["images_seen"] // BATCH_SIZE for entry in seeds.values()})
+    if steps != [STEPS]:
+        label += f" (after {', '.join(f'{count:,}' for count in steps)} steps)"
     return f"| {label} | {' | '.join(cells)} |"
 
 
@@ -137,7 +161,7 @@ def draw(options: argparse.Namespace, density: str) -> bool:
     """The first seed of each method side by side, where its model is still in the work folder; whether there is a picture."""
     found = {}
     for method, (label, _, _) in METHODS.items():
-        models = sorted(options.work.glob(f"{density}-{method}-bfloat16-*/models/0"))
+        models = sorted(options.work.glob(f"{density}-{method}-bfloat16-*/models/*"))
         if models:
             found[label.replace(", ", "\n", 1)] = sivae.load(str(models[0]))
     path = options.output / "toy2d" / f"{density}.png"
@@ -158,12 +182,15 @@ def main() -> int:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table-only", action="store_true", help="train nothing")
+    parser.add_argument(
+        "--unfinished", action="store_true", help="train nothing, judge what has been stopped on the way"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     try:
         for density in () if options.table_only else options.densities:
             for method in options.methods:
-                train_missing(options, density, method)
+                (judge_unfinished if options.unfinished else train_missing)(options, density, method)
                 write_table(options)
     except toy2d.Stopped as stopped:
         print(stopped, file=sys.stderr)

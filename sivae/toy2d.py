@@ -133,7 +133,8 @@ def train(settings: Toy2dConfig, description: str = "train") -> list[dict[str, A
     density, found = DENSITIES[settings.density], []
     with progress_bar(len(networks), "judge", " models") as bar:
         for seed, model in zip(settings.run.seeds, networks):
-            found.append({"seed": seed, **judge(model, density, seed)})
+            known = {"seed": seed, "images_seen": settings.schedule.total_images}
+            found.append({**known, **judge(model, density, seed)})
             inference.export(model, f"{folder.url}/models/{seed}")
             bar.update()
     folder.write(json.dumps(found, indent=1).encode(), FIGURES_FILE)
@@ -221,7 +222,7 @@ def judge(model: inference.Model, density: Density, seed: int) -> dict[str, Any]
 
 def table(found: list[dict[str, Any]]) -> list[str]:
     """The figures of all seeds as lines of text, a column for each figure."""
-    names = [name for name in found[0] if name != "num_modes"]
+    names = [name for name in found[0] if name not in ("images_seen", "num_modes")]
     cells = [names, *([_shown(entry[name]) for name in names] for entry in found)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
     return ["  ".join(value.rjust(width) for value, width in zip(row, widths)) for row in cells]
