@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import yaml
 from pydantic import Field, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -291,14 +292,33 @@ def _save(stack: StackedModels, seeds: list[int], images_seen: int, folder: Fold
 
 
 def _restore(stack: StackedModels, settings: Toy2dConfig, folder: Folder) -> int:
-    """Images seen so far; 0 where nothing is saved."""
+    """Images seen so far; 0 where nothing is saved. Raises UserError when it is damaged, or of other settings."""
     if not folder.exists(STATE_FILE):
         return 0
-    tensors = load_tensors(folder.read(STATE_FILE))
-    images_seen, seeds = int(tensors.pop("images_seen")), tensors.pop("seeds").tolist()
-    if seeds != settings.run.seeds or not stack.fits(tensors):
-        raise UserError(
-            f"run.directory: {folder.url} holds another run (seeds {seeds}); take another directory, or its settings"
-        )
+    if folder.exists("config.yaml"):
+        before, now = _lasting(yaml.safe_load(folder.read("config.yaml"))), _lasting(settings.model_dump(mode="json"))
+        different = [key for key in now if before.get(key) != now[key]]
+        if different:
+            raise UserError(
+                f"run.directory: {folder.url} holds a run with another {different[0]} ({before.get(different[0])!r});"
+                " take another directory"
+            )
+    try:
+        tensors = load_tensors(folder.read(STATE_FILE))
+        images_seen = int(tensors.pop("images_seen"))
+        assert tensors.pop("seeds").tolist() == settings.run.seeds and stack.fits(tensors)
+    except (SafetensorError, KeyError, AssertionError):
+        raise UserError(f"{folder.url}/{STATE_FILE}: is damaged or of another run; delete it to start anew") from None
     stack.load(tensors)
     return images_seen
+
+
+def _lasting(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run must keep to its end, by their paths; not those of methods that it does not train with."""
+    schedule = {f"schedule.{key}": value for key, value in tree["schedule"].items() if key != "total_images"}
+    model = {f"model.{key}": value for key, value in tree["model"].items()}
+    objective = {
+        f"objectives.{tree['method']}.{key}": value for key, value in tree["objectives"][tree["method"]].items()
+    }
+    kept = {"run.seeds": tree["run"]["seeds"], "density": tree["density"], "method": tree["method"]}
+    return kept | schedule | model | objective

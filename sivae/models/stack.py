@@ -33,7 +33,8 @@ class MlpStack:
             parameter.requires_grad_()
 
     def weights(self) -> list[Tensor]:
-        """Copies as a pass wants them, to differentiate by: detached, those of the hidden layers in `dtype`."""
+        """What a pass takes and is differentiated by: leaves of their own, those of the hidden layers in `dtype`. They share
+        the parameters' memory where the type is the same, so they are good until the next update."""
         last = len(self.parameters) - 2
         return [
             parameter.detach().to(self.dtype if 2 <= index < last else torch.float32).requires_grad_()

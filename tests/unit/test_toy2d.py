@@ -16,6 +16,7 @@ import sivae
 from sivae import config, models, objectives, signals, toy2d
 from sivae.cli import EXIT_ERROR, EXIT_INTERRUPTED, main
 from sivae.data.toy2d import DENSITIES
+from sivae.errors import UserError
 from sivae.metrics import toy2d as metrics
 from sivae.models import published
 from tests.numerics.test_golden import FOLDER
@@ -275,12 +276,38 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path, capsys, override, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_directory_of_other_seeds_is_refused(tmp_path):
+def test_a_directory_of_another_run_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    toy2d.train(settings(folder))
+    before = (folder / "config.yaml").read_text()
+    for override, told in {
+        "run.seeds=[2]": r"another run.seeds \(\[1, 4\]\)", "density=rings": "another density \\('8gaussians'\\)",
+        "method=vae": "another method", "model.num_hidden=8": "another model.num_hidden",
+        "schedule.batch_size=32": "another schedule.batch_size",
+        "objectives.soft_intro_vae.beta_neg=0.1": "another objectives.soft_intro_vae.beta_neg",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            toy2d.train(settings(folder, override))
+    assert (folder / "config.yaml").read_text() == before
+    # What another method would take does not matter, and a longer run goes on.
+    longer = toy2d.train(settings(folder, "objectives.vae.beta_kl=9.0", "schedule.total_images=1344"))
+    assert longer[0]["images_seen"] == 1344
+
+
+def test_a_damaged_state_is_told(tmp_path):
     toy2d.train(settings(tmp_path))
-    before = (tmp_path / "config.yaml").read_text()
-    with pytest.raises(sivae.errors.UserError, match=r"holds another run \(seeds \[1, 4\]\)"):
-        toy2d.train(settings(tmp_path, "run.seeds=[2]"))
-    assert (tmp_path / "config.yaml").read_text() == before
+    whole = (tmp_path / "state.safetensors").read_bytes()
+    for bad in (b"", whole[:100], whole[:-8]):
+        (tmp_path / "state.safetensors").write_bytes(bad)
+        with pytest.raises(UserError, match="state.safetensors: is damaged or of another run; delete it"):
+            toy2d.train(settings(tmp_path))
+
+
+def test_without_matplotlib_nothing_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy2d.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="matplotlib"):
+        toy2d.train(settings(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
