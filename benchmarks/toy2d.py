@@ -112,7 +112,7 @@ def row(label: str, seeds: dict[int, dict]) -> str:
 
 
 def verdict(output: Path, density: str) -> str:
-    """Whether Soft-IntroVAE's means are at most half of the VAE's and below IntroVAE's, as far as there are means."""
+    """How Soft-IntroVAE's means compare; they fall short above half of a VAE's, or above IntroVAE's."""
     means = {}
     for method in METHODS:
         finite = [entry for entry in read(output, density, method, "bfloat16").values() if entry["finite"]]
@@ -125,9 +125,8 @@ def verdict(output: Path, density: str) -> str:
         for name in ("kl", "jsd"):
             ratio = ours[name] / theirs[name]
             bound = 1.0 if method == "intro_vae" else 0.5
-            said.append(
-                f"{name.upper()} {ratio:.2f} of {METHODS[method][0]}'s{'' if ratio <= bound else ' (**falls short**)'}"
-            )
+            falls_short = "" if ratio <= bound else " (**falls short**)"
+            said.append(f"{name.upper()} {ratio:.2g} times {METHODS[method][0]}'s{falls_short}")
     return f"Soft-IntroVAE: {'; '.join(said)}."
 
 
@@ -139,7 +138,7 @@ def write_table(options: argparse.Namespace) -> None:
         f"`python benchmarks/toy2d.py` with sivae {sivae.__version__}, torch {torch.__version__}; 30,000 steps of 512 points, bfloat16 in",
         "the hidden layers. Mean and standard deviation over as many seeds as the last column says; what is missing has not been trained",
         "yet. Lower is better everywhere but in the two columns of modes. gnELBO, KL and JSD are the published figures, which are no",
-        "divergences; the textbook's beside them are in nats (docs in sivae/metrics/toy2d.py). The betas are those of the published README,",
+        "divergences; the textbook's beside them are in nats (see sivae/metrics/toy2d.py). The betas are those of the published README,",
         "which gives one set for each density; as they blur a VAE, a row has a VAE with sharper ones.",
     ]  # fmt: skip
     for density in [*PAPER, "25gaussians"]:
