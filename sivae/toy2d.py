@@ -1,11 +1,11 @@
 """Models of densities in the plane: `sivae toy2d CONFIG` trains one model for each seed, all at once, and judges them.
 
-Source: Daniel and Tamar, Soft-IntroVAE (arXiv 2012.13253), section 5.1. This is a trainer of its own and not `sivae train`:
+Source: Daniel and Tamar, Soft-IntroVAE (arXiv 2012.13253), the 2D experiments. This is a trainer of its own and not `sivae train`:
 its samples are drawn, not streamed, they are no images, and its models are so small that one process steps all seeds
 together (`sivae.stacked_step`). Ranks, ZeRO stages, shards, averages and picture grids mean nothing here, and the settings
 that mean nothing are not there.
 
-What a model draws is a function of its seed and the images seen: the seeds trained beside it and restarts change nothing.
+What a model draws is a function of its seed and the images seen: restarts change nothing, the seeds beside it but rounding.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def train_networks(settings: Toy2dConfig, folder: Folder, description: str) -> l
             stack.set_lr(rates.lr * factor)
             terms = stack.step(now, x, draws)
             last = images_seen >= rates.total_images
-            if last or schedule.due(images_seen, LOOK_STEPS * size, LOOK_STEPS * size):
+            if last or schedule.due(images_seen, size, LOOK_STEPS * size):
                 bar.update(min(images_seen, rates.total_images) - bar.n)
                 shown = {"enc": "loss_encoder", "dec": "loss_decoder", "rec": "rec", "kl": "kl_real"}
                 bar.set_postfix({name: f"{terms[term].mean().item():.4g}" for name, term in shown.items()}, refresh=False)  # fmt: skip

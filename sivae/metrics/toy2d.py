@@ -1,6 +1,6 @@
 """Figures of models of points in the plane: those of the Soft-IntroVAE paper as published, and the textbook's beside them.
 
-Source: Daniel and Tamar, Soft-IntroVAE (arXiv 2012.13253, section 5.1) and its published code, which the functions named
+Source: Daniel and Tamar, Soft-IntroVAE (arXiv 2012.13253) and its published code, which the functions named
 `published_` equal digit by digit. They are no divergences: both take densities for masses, so that they depend on the size of
 the bins, and sum over one axis of the histogram but average over the other; the JSD has the mixture as the first argument
 instead of the second. `histogram_kl` and `histogram_jsd` are what the names promise.
