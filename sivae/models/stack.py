@@ -53,9 +53,8 @@ class MlpStack:
 def forward(weights: Sequence[Tensor], x: Tensor) -> Tensor:
     """A pass of all networks: float32 [S, B, in] -> float32 [S, B, out]."""
     first, first_bias, *hidden, last, last_bias = weights
-    x = F.relu_(torch.baddbmm(first_bias, x, first))
-    if hidden:
-        x = x.to(hidden[0].dtype)
+    x = torch.baddbmm(first_bias, x, first)
+    x = F.relu_(x.to(hidden[0].dtype) if hidden else x)  # rounded first: fewer bytes to pass over
     for weight, bias in zip(hidden[::2], hidden[1::2]):
         x = F.relu_(torch.baddbmm(bias, x, weight))
     return torch.baddbmm(last_bias, x.float(), last)
