@@ -48,6 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="settings that replace the file's, e.g. schedule.batch_size=64",
     )
 
+    toy2d = add("toy2d", "Train models of a density in the plane, all seeds at once, and judge them.")
+    toy2d.add_argument("config", help="YAML file, e.g. configs/toy2d/8gaussians.yaml; path or URL")
+    toy2d.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. method=vae run.seeds=[0]")
+
     pack = add(
         "pack",
         "Pack images into shards with an index, once, so that training only streams them. Killed and run again, it goes on.",

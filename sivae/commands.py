@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,22 @@ def train(options: argparse.Namespace) -> int:
         if settings.tracking.tensorboard:
             print(f"log: tensorboard --logdir {settings.run.directory}/tensorboard")
     return EXIT_INTERRUPTED if result.interrupted else 0
+
+
+def toy2d(options: argparse.Namespace) -> int:
+    from sivae import toy2d as trainer
+
+    settings = config.load(options.config, options.overrides, trainer.Toy2dConfig)
+    try:
+        found = trainer.train(settings)
+    except trainer.Stopped as stopped:
+        print(f"sivae: {stopped}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    for line in trainer.table(found):
+        print(line)
+    directory = settings.run.directory
+    print(f"picture: {directory}/{trainer.PICTURE_FILE}; models: sivae.load('{directory}/models/{found[0]['seed']}')")
+    return 0
 
 
 def pack(options: argparse.Namespace) -> None:
@@ -330,7 +347,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "train": train, "pack": pack, "check": check, "index": index, "sample": sample, "reconstruct": reconstruct, "interpolate": interpolate,
+    "train": train, "toy2d": toy2d, "pack": pack, "check": check, "index": index, "sample": sample, "reconstruct": reconstruct, "interpolate": interpolate,
     "traverse": traverse, "stylemix": stylemix, "evaluate": evaluate, "ood": ood,
     "import": import_, "export": export, "plan": plan, "doctor": doctor,
 }  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args
 
 import fsspec
 import yaml
@@ -34,6 +34,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+Settings = TypeVar("Settings", bound=Section)
 
 
 class RunSettings(Section):
@@ -549,7 +552,7 @@ class Config(Section):
         return found
 
 
-def load(path: str, overrides: Iterable[str] = ()) -> Config:
+def load(path: str, overrides: Iterable[str] = (), schema: type[Settings] = Config) -> Settings:
     """Read a YAML file (path or fsspec URL), apply `key.path=value` overrides, validate.
 
     Raises ConfigError in one sentence for a missing or unreadable file, a malformed override or a wrong setting.
@@ -567,7 +570,7 @@ def load(path: str, overrides: Iterable[str] = ()) -> Config:
         tree = OmegaConf.create(text)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
-    if not OmegaConf.is_dict(tree) or not any(section in tree for section in Config.model_fields):
+    if not OmegaConf.is_dict(tree) or not any(section in tree for section in schema.model_fields):
         raise ConfigError(f"{path}: holds no settings; see configs/digits.yaml for an example")
     for override in overrides:
         if "=" not in override or override.startswith("="):
@@ -577,17 +580,17 @@ def load(path: str, overrides: Iterable[str] = ()) -> Config:
         except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{override}: cannot be applied ({' '.join(str(error).split())})") from None
     try:
-        return parse(OmegaConf.to_container(tree, resolve=True))
+        return parse(OmegaConf.to_container(tree, resolve=True), schema)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def parse(tree: dict[str, Any]) -> Config:
+def parse(tree: dict[str, Any], schema: type[Settings] = Config) -> Settings:
     """Validate a plain tree of settings. Raises ConfigError naming the full path of what is wrong."""
     try:
-        return Config.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_sentence(item) for item in error.errors())) from None
+        raise ConfigError("; ".join(_sentence(item, schema) for item in error.errors())) from None
 
 
 def parse_model(tree: dict[str, Any]) -> MlpModel | ConvModel | StyleModel:
@@ -613,9 +616,9 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(dump(config), sort_keys=False)
 
 
-def _sentence(item: dict[str, Any]) -> str:
+def _sentence(item: dict[str, Any], schema: type[Section]) -> str:
     """One pydantic error as `full.path: what is wrong; what would be right`."""
-    section, path = _walk(item["loc"])
+    section, path = _walk(item["loc"], schema)
     where, kind = ".".join(path), item["type"]
     if kind == "extra_forbidden":
         known = sorted(section.model_fields) if section else []
@@ -639,9 +642,9 @@ def _sentence(item: dict[str, Any]) -> str:
     return f"{where}: {message}" + ("" if "storage_options" in path else f", not {item['input']!r}")
 
 
-def _walk(location: tuple[Any, ...]) -> tuple[type[Section] | None, list[str]]:
+def _walk(location: tuple[Any, ...], schema: type[Section]) -> tuple[type[Section] | None, list[str]]:
     """The section that holds the last key, and the path without pydantic's tags of unions."""
-    section: type[Section] | None = Config
+    section: type[Section] | None = schema
     path: list[str] = []
     for index, part in enumerate(location):
         members = (

@@ -17,6 +17,7 @@ _WORDS = 4  # 64-bit words in one Philox block
 _PICTURES = 2**32  # the purpose of latents outside training; attempts count from 0
 _SCORES = _PICTURES + 1  # the purpose of draws that score images
 _MIXING, _NOISE, _AUGMENT = 2**33, 2**34, 2**35  # purposes beside an attempt's normals; the attempt is added
+_POINTS, _JUDGING = 2**36, 2**36 + 1  # purposes of small models, which have a generator for each step
 
 
 def normal(seed: int, purpose: int, numbers: range, dim: int) -> Tensor:
@@ -71,6 +72,12 @@ def seed_noise(seed: int, images_seen: int, rank: int, attempt: int = 0) -> None
     """Seed torch's generators of all devices for one step of one rank, for draws that need not be those of image numbers."""
     entropy = np.random.SeedSequence([seed, _NOISE + attempt, images_seen, rank])
     torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+
+def generator(seed: int, images_seen: int, judging: bool = False) -> torch.Generator:
+    """torch's own on the CPU, for all draws of one step of a small model that nobody divides, or for judging it."""
+    entropy = np.random.SeedSequence([seed, _JUDGING if judging else _POINTS, images_seen])
+    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
 def fixed_latents(seed: int, count: int, latent_dim: int, first: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PURE = ("models", "augment", "objectives", "schedule", "metrics", "data")
+PURE = ("models", "augment", "objectives", "stacked_step", "theory", "schedule", "metrics", "data")
 
 
 def module_name(path: Path) -> str:
