@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sample = add("sample", "Draw images from the prior.")
     add_model(sample)
-    sample.add_argument("--count", type=int, default=64)
+    sample.add_argument("--count", type=int, help="64 when not given, or 8 rows of --truncation-sweep")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--label", type=int, help="class of all images, for a conditional model")
     sample.add_argument(
@@ -124,6 +124,12 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sample.add_argument(
         "--truncation-layers", type=int, metavar="N", help="in the first N layers only (8 as published); all by default"
+    )
+    sample.add_argument(
+        "--truncation-sweep",
+        type=int,
+        metavar="N",
+        help="of a style model: every image in N columns, with PSI from -1 to 1",
     )
     sample.add_argument("--output", default="samples.png", help="picture of all images")
     sample.add_argument("--folder", help="also write every image as a PNG of its own into this folder")
@@ -135,6 +141,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--label", type=int, help="class of the images, for a conditional model, where the source has none"
     )
     reconstruct.add_argument("--count", type=int, default=16)
+    reconstruct.add_argument(
+        "--levels", action="store_true", help="of a style model that grew: reconstruct at every level of detail"
+    )
     reconstruct.add_argument("--output", default="reconstructions.png")
 
     interpolate = add("interpolate", "Walk in a straight line between the latents of two images.")
@@ -146,6 +155,32 @@ def build_parser() -> argparse.ArgumentParser:
     )
     interpolate.add_argument("--steps", type=int, default=10)
     interpolate.add_argument("--output", default="interpolation.png")
+    interpolate.add_argument("--gif", metavar="FILE", help="also write the path as a GIF, there and back")
+    interpolate.add_argument("--frames", type=int, default=30, help="images of the GIF from one end to the other")
+
+    traverse = add("traverse", "Move an image's latent dimensions one by one: a row for each of those that tell most.")
+    add_model(traverse)
+    traverse.add_argument("source", help="image file, or a set; #N picks image N, otherwise the first image moves")
+    traverse.add_argument("--label", type=int, help="class of the images, where the source has none")
+    traverse.add_argument("--count", type=int, default=64, help="images of the source that dimensions are ranked over")
+    traverse.add_argument("--dims", type=int, default=8, help="latent dimensions, by their mean KL divergence")
+    traverse.add_argument("--steps", type=int, default=9)
+    traverse.add_argument("--reach", type=float, default=3.0, help="of the moved value; the prior's deviation is 1")
+    traverse.add_argument("--output", default="traversals.png")
+
+    stylemix = add("stylemix", "Mix styles: rows give the coarse layers of a style model, columns the fine ones.")
+    add_model(stylemix)
+    stylemix.add_argument(
+        "--rows", metavar="SOURCE", help="images of the coarse styles, as for reconstruct; samples when not given"
+    )
+    stylemix.add_argument("--columns", metavar="SOURCE", help="images of the fine styles; samples when not given")
+    stylemix.add_argument("--count", type=int, default=5, help="rows and columns")
+    stylemix.add_argument(
+        "--coarse-layers", type=int, metavar="N", help="layers that follow the row; 4 of them when not given"
+    )
+    stylemix.add_argument("--seed", type=int, default=0)
+    stylemix.add_argument("--label", type=int, help="class of all images, for a conditional model")
+    stylemix.add_argument("--output", default="stylemix.png")
 
     imported = add("import", "Read a published checkpoint (image, bootstrap, style, 2D, IntroVAE) into sivae's format.")
     imported.add_argument("source", help=".pth file")
@@ -160,6 +195,21 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("model", help="run directory or checkpoint")
     export.add_argument("dest", help="folder or URL to write")
     export.add_argument("--weights", default="average", choices=["average", "plain"])
+
+    plan = add(
+        "plan", "Say what a run needs before it starts: memory by ZeRO stage, FLOPs, storage, GPU hours, checkpoint."
+    )
+    plan.add_argument("config", help="YAML file; path or URL")
+    plan.add_argument("overrides", nargs="*", metavar="key.path=value")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the whole run (default 1)")
+    plan.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="h100 (default), h200, a100-80gb, l40s, rtx4090, ..."
+    )
+    plan.add_argument(
+        "--utilization", type=float, metavar="SHARE",
+        help="of what the GPU's peak FLOP/s and memory bandwidth allow, 0 to 1 (assumed 0.5)",
+    )  # fmt: skip
+    plan.add_argument("--json", action="store_true", help="print the numbers as JSON: bytes, seconds, FLOPs")
 
     doctor = add(
         "doctor",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import re
 import time
@@ -13,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sivae import config, images, inference
+from sivae import config, figures, images, inference
 from sivae.cli import EXIT_ERROR, EXIT_INTERRUPTED
 from sivae.errors import UserError, shown
 from sivae.progress import progress_bar
+from sivae.randomness import fixed_latents
 from sivae.storage import Folder
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -109,36 +112,46 @@ def index(options: argparse.Namespace) -> None:
 
 
 def sample(options: argparse.Namespace) -> None:
-    _require(options.count > 0, f"--count: {options.count} is not a number of images")
+    count = options.count if options.count is not None else 8 if options.truncation_sweep else 64
+    _require(count > 0, f"--count: {count} is not a number of images")
     _require(options.seed >= 0, f"--seed: {options.seed} is negative")
     model = _load(options)
     _require(len(model.sample_shape) == 3, "this model is not one of images")
-    if options.label is not None:
-        _require(model.num_classes, "--label: this model is not conditional on classes")
+    _require_label(options, model)
+    if options.truncation_sweep is not None:
         _require(
-            0 <= options.label < model.num_classes, f"--label: {options.label} is not in 0 .. {model.num_classes - 1}"
+            options.truncation_sweep >= 2,
+            f"--truncation-sweep: {options.truncation_sweep} is too few, both ends make 2",
         )
-    labels = None if options.label is None else torch.full((options.count,), options.label)
+        _write_figure(
+            options.output,
+            figures.truncation_sweep(model, count, options.seed, options.truncation_sweep, options.label),
+        )
+        return
+    labels = None if options.label is None else torch.full((count,), options.label)
     _require(
         options.truncation_layers is None or options.truncation_layers >= 0,
         f"--truncation-layers: {options.truncation_layers} is negative",
     )
     truncation = {"truncation": options.truncation, "truncation_layers": options.truncation_layers}
-    samples = model.to_uint8(model.sample(options.count, seed=options.seed, labels=labels, **truncation)).cpu()
-    _write(options.output, images.grid(samples, columns=_columns(options.count)))
+    samples = model.to_uint8(model.sample(count, seed=options.seed, labels=labels, **truncation)).cpu()
+    _write(options.output, images.grid(samples, columns=_columns(count)))
     if options.folder:
         folder = Folder(options.folder)
-        with progress_bar(options.count, "writing", " images") as bar:
+        with progress_bar(count, "writing", " images") as bar:
             for index, image in enumerate(samples):
                 folder.write(images.png_bytes(images.pixels(image)), f"{index:06d}.png")
                 bar.update()
-        print(f"{options.folder}: {options.count} images")
+        print(f"{options.folder}: {count} images")
 
 
 def reconstruct(options: argparse.Namespace) -> None:
     _require(options.count > 0, f"--count: {options.count} is not a number of images")
     model = _load(options)
     real, labels = read_images(options.source, model, options.count, options.label)
+    if options.levels:
+        _write_figure(options.output, figures.levels(model, real, labels))
+        return
     again = model.to_uint8(model.reconstruct(real, labels)).cpu()
     columns = _columns(len(real))
     _write(options.output, images.panels({"real": real, "reconstructed": again}, columns))
@@ -149,10 +162,49 @@ def reconstruct(options: argparse.Namespace) -> None:
 def interpolate(options: argparse.Namespace) -> None:
     model = _load(options)
     _require(options.steps >= 2, f"--steps: {options.steps} is too few, both ends make 2")
+    _require(options.frames >= 2, f"--frames: {options.frames} is too few, both ends make 2")
     first, labels = read_images(options.first, model, 1, options.label)
     second, _ = read_images(options.second, model, 1, options.label)
-    path = model.to_uint8(model.interpolate(first, second, options.steps, labels)[0]).cpu()
-    _write(options.output, images.grid(torch.cat([first, path, second]), columns=options.steps + 2))
+
+    def path(steps: int) -> Tensor:
+        return model.to_uint8(model.interpolate(first, second, steps, labels)[0]).cpu()
+
+    _write(options.output, images.grid(torch.cat([first, path(options.steps), second]), columns=options.steps + 2))
+    if options.gif:
+        _write_bytes(options.gif, images.gif_bytes(path(options.frames)))
+
+
+def traverse(options: argparse.Namespace) -> None:
+    for name, least in (("count", 1), ("dims", 1), ("steps", 2)):
+        value = getattr(options, name)
+        _require(value >= least, f"--{name}: {value} is too few, give {least} or more")
+    _require(0 < options.reach < math.inf, f"--reach: {options.reach} is not a distance above 0")
+    model = _load(options)
+    real, labels = read_images(options.source, model, options.count, options.label)
+    _write_figure(options.output, figures.traversals(model, real, options.dims, options.steps, labels, options.reach))
+
+
+def stylemix(options: argparse.Namespace) -> None:
+    _require(options.count > 0, f"--count: {options.count} is not a number of rows and columns")
+    _require(options.seed >= 0, f"--seed: {options.seed} is negative")
+    model = _load(options)
+    num_layers = model.num_layers
+    _require_label(options, model)
+    num_coarse = figures.default_num_coarse(model) if options.coarse_layers is None else options.coarse_layers
+    _require(
+        0 <= num_coarse <= num_layers,
+        f"--coarse-layers: {num_coarse} is not in 0 .. {num_layers}, the layers of this model",
+    )
+    drawn = fixed_latents(options.seed, 2 * options.count, model.latent_dim).split(options.count)
+
+    def latents(source: str | None, otherwise: Tensor) -> Tensor:
+        if source is None:
+            return otherwise
+        real, labels = read_images(source, model, options.count, options.label)
+        return model.encode(real, labels)[0]
+
+    coarse, fine = latents(options.rows, drawn[0]), latents(options.columns, drawn[1])
+    _write_figure(options.output, figures.style_mixing(model, coarse, fine, num_coarse, options.label))
 
 
 def import_(options: argparse.Namespace) -> None:
@@ -182,6 +234,14 @@ def export(options: argparse.Namespace) -> None:
     print(f"{options.dest}: {_describe(model)}; {inference.WEIGHTS_FILE}, {inference.SETTINGS_FILE} and a model card")
 
 
+def plan(options: argparse.Namespace) -> None:
+    from sivae import plan
+
+    settings = config.load(options.config, options.overrides)
+    made = plan.make(settings, num_gpus=options.gpus, gpu_name=options.gpu, utilization=options.utilization)
+    print(json.dumps(made, indent=1) if options.json else plan.render(made))
+
+
 def doctor(options: argparse.Namespace) -> int:
     from sivae import doctor
 
@@ -190,7 +250,8 @@ def doctor(options: argparse.Namespace) -> int:
 
 COMMANDS = {
     "train": train, "pack": pack, "check": check, "index": index, "sample": sample, "reconstruct": reconstruct, "interpolate": interpolate,
-    "import": import_, "export": export, "doctor": doctor,
+    "traverse": traverse, "stylemix": stylemix,
+    "import": import_, "export": export, "plan": plan, "doctor": doctor,
 }  # fmt: skip
 
 
@@ -248,8 +309,16 @@ def _load(options: argparse.Namespace) -> inference.Model:
 
 
 def _write(path: str, picture: np.ndarray) -> None:
+    _write_bytes(path, images.png_bytes(picture))
+
+
+def _write_figure(path: str, figure: figures.Figure) -> None:
+    _write(path, images.table(figure.tiles, figure.rows, figure.columns))
+
+
+def _write_bytes(path: str, data: bytes) -> None:
     folder, name = _split(path)
-    folder.write(images.png_bytes(picture), name)
+    folder.write(data, name)
     print(path)
 
 
@@ -309,6 +378,14 @@ def _workers(options: argparse.Namespace) -> int:
         return options.workers
     # The cores that this process may use, where the system can tell
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _require_label(options: argparse.Namespace, model: inference.Model) -> None:
+    if options.label is not None:
+        _require(model.num_classes, "--label: this model is not conditional on classes")
+        _require(
+            0 <= options.label < model.num_classes, f"--label: {options.label} is not in 0 .. {model.num_classes - 1}"
+        )
 
 
 def _require(condition: object, sentence: str) -> None:

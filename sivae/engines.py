@@ -28,6 +28,7 @@ from sivae.distributed import Group
 from sivae.objectives import Phase
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+REDUCE_BUCKET = 500_000_000  # elements at most, DeepSpeed's default
 
 
 class _PhaseModule(nn.Module):
@@ -70,7 +71,9 @@ class Engine:
                 wrapped.parameters(), lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True
             )
             optimizer.found_inf = found_inf
-        zero: dict[str, Any] = {"stage": zero_stage}
+        # The buffer that gradients are reduced in is allocated whole: by default 2 GB for each network, however small.
+        bucket = min(REDUCE_BUCKET, sum(parameter.numel() for parameter in wrapped.parameters()))
+        zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": bucket}
         if offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": group.device.type == "cuda"}
         settings = {

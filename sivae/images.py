@@ -1,4 +1,4 @@
-"""Pixels: between uint8 and the range a family uses, picture grids, PNG files."""
+"""Pixels: between uint8 and the range a family uses, picture grids, PNG and GIF files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+NAME_WIDTH, NAME_HEIGHT = 64, 18  # pixels of the margins that hold names
 
 
 def to_float(images: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -42,17 +44,36 @@ def pixels(image: Tensor) -> np.ndarray:
     return found if found.shape[-1] == 3 else np.repeat(found[..., :1], 3, axis=-1)
 
 
+def tile(image: Tensor) -> np.ndarray:
+    """uint8 [C, H, W] -> uint8 [H', W', 3]; small images are enlarged so that a person sees them."""
+    enlarge = max(1, 64 // image.shape[1])
+    return pixels(image).repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+
+
 def grid(images: Tensor, columns: int, padding: int = 2) -> np.ndarray:
-    """uint8 [N, C, H, W] -> one uint8 [H', W', 3] picture, row by row. Small images are enlarged so that a person sees them."""
-    enlarge = max(1, 64 // images.shape[2])
-    tiles = [pixels(image).repeat(enlarge, axis=0).repeat(enlarge, axis=1) for image in images]
+    """uint8 [N, C, H, W] -> one uint8 [H', W', 3] picture, row by row."""
+    tiles = [tile(image) for image in images]
     height, width = tiles[0].shape[:2]
     rows = -(-len(tiles) // columns)
     picture = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), 255, np.uint8)
-    for index, tile in enumerate(tiles):
+    for index, found in enumerate(tiles):
         top, left = padding + index // columns * (height + padding), padding + index % columns * (width + padding)
-        picture[top : top + height, left : left + width] = tile
+        picture[top : top + height, left : left + width] = found
     return picture
+
+
+def table(images: Tensor, rows: list[str], columns: list[str], padding: int = 2) -> np.ndarray:
+    """A grid of uint8 [rows * columns, C, H, W] with the names of rows at the left and of columns at the top, where there are any."""
+    body = grid(images, len(columns), padding)
+    left, top = NAME_WIDTH * any(rows), NAME_HEIGHT * any(columns)
+    canvas = Image.new("RGB", (left + body.shape[1], top + body.shape[0]), "white")
+    canvas.paste(Image.fromarray(body), (left, top))
+    draw, (height, width) = ImageDraw.Draw(canvas), tile(images[0]).shape[:2]
+    for index, name in enumerate(rows):
+        draw.text((4, top + padding + (index + 0.5) * (height + padding)), name, fill="black", anchor="lm")
+    for index, name in enumerate(columns):
+        draw.text((left + padding + (index + 0.5) * (width + padding), top / 2), name, fill="black", anchor="mm")
+    return np.asarray(canvas)
 
 
 def panels(parts: dict[str, Tensor], columns: int) -> np.ndarray:
@@ -69,4 +90,15 @@ def panels(parts: dict[str, Tensor], columns: int) -> np.ndarray:
 def png_bytes(picture: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def gif_bytes(images: Tensor, frames_per_sec: float = 15.0) -> bytes:
+    """uint8 [N, C, H, W] -> a GIF that goes from the first image to the last and back, for ever. Colours are reduced to 256 a frame."""
+    frames = [Image.fromarray(tile(image)).quantize(256, dither=Image.Dither.NONE) for image in images]
+    there_and_back = [*frames, *frames[-2:0:-1]]
+    buffer = io.BytesIO()
+    there_and_back[0].save(
+        buffer, "GIF", save_all=True, append_images=there_and_back[1:], duration=round(1000 / frames_per_sec), loop=0
+    )
     return buffer.getvalue()

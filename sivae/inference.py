@@ -121,6 +121,14 @@ class Model:
         mu, logvar = self.encode(images, labels)
         return self.decode(mu if eps is None else reparameterize(mu, logvar, eps.to(self.device)), labels)
 
+    @torch.no_grad()
+    def reconstruct_level(self, images: Tensor, level: int, labels: Tensor | None = None) -> Tensor:
+        """Reconstruct floats [B, C, 4 * 2^level, ...] at a level of detail of a style model. What did not grow knows only the highest."""
+        self._require_style("levels of detail")
+        labels = self._labels(labels, len(images))
+        mu, _ = self.encoder(images.to(self.device), labels, level=level)
+        return self.decoder(mu, labels, level=level)
+
     def interpolate(self, first: Tensor, second: Tensor, steps: int = 8, labels: Tensor | None = None) -> Tensor:
         """Images [B, steps, C, H, W] along the straight line between the latent means of two batches of images."""
         ends = self.encode(first, labels)[0], self.encode(second, labels)[0]

@@ -45,20 +45,7 @@ class TrainingState:
 
     def set_objectives(self, beta_neg_factor: float = 1.0) -> None:
         """The objective and its plain VAE, with `beta_neg` times a factor."""
-        settings = self.settings
-        fields = settings.objective.loss_fields()
-        if beta_neg_factor != 1:
-            fields["beta_neg"] *= beta_neg_factor
-        self.objective = objectives.build(num_values=settings.model.num_values, **fields)
-        self.vae = objectives.Vae(
-            settings.objective.beta_rec, settings.objective.beta_kl, settings.objective.reconstruction
-        )
-        if settings.objective.augment:
-            low, high = models.VALUE_RANGES[settings.model.family]
-            kinds, probability = tuple(settings.objective.augment), settings.objective.augment_probability
-            self.objective, self.vae = (
-                Augmented(objective, kinds, probability, high - low) for objective in (self.objective, self.vae)
-            )
+        self.objective, self.vae = build_objectives(self.settings, beta_neg_factor)
 
     def tensors(self) -> Tensors:
         """Whole CPU tensors by file and name, as a checkpoint keeps them; for rank 0 alone."""
@@ -114,6 +101,22 @@ class TrainingState:
         """Copy the decoder into the target decoder, where there is one."""
         if self.target is not None:
             self.target.load_state_dict(self.decoder.state_dict())
+
+
+def build_objectives(
+    settings: Config, beta_neg_factor: float = 1.0
+) -> tuple[objectives.Vae | Augmented, objectives.Vae | Augmented]:
+    """The objective, with `beta_neg` times a factor, and the plain VAE's with which a run may begin."""
+    fields = settings.objective.loss_fields()
+    if beta_neg_factor != 1:
+        fields["beta_neg"] *= beta_neg_factor
+    objective = objectives.build(num_values=settings.model.num_values, **fields)
+    vae = objectives.Vae(settings.objective.beta_rec, settings.objective.beta_kl, settings.objective.reconstruction)
+    if not settings.objective.augment:
+        return objective, vae
+    low, high = models.VALUE_RANGES[settings.model.family]
+    kinds, probability = tuple(settings.objective.augment), settings.objective.augment_probability
+    return Augmented(objective, kinds, probability, high - low), Augmented(vae, kinds, probability, high - low)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -22,6 +22,7 @@ from sivae import (
     checkpoint,
     config,
     distributed,
+    figures,
     images,
     inference,
     models,
@@ -385,6 +386,9 @@ class Trainer:
                 "reconstructed": model.to_uint8(model.decode(mu, batch.labels)).cpu(),
                 "sampled": model.to_uint8(model.sample(len(mu), seed=self.settings.run.seed)).cpu(),
             }
+            for name, figure in figures.of_training(model, batch.images, batch.labels, self.settings.run.seed).items():
+                tiles = images.table(figure.tiles, figure.rows, figure.columns)
+                self.tracker.picture(name, tiles, self.images_seen)
             self.tracker.histogram("latent/mu", mu, self.images_seen)
             self.tracker.histogram("latent/logvar", logvar, self.images_seen)
             return self.tracker.picture("samples", images.panels(parts, columns=min(16, len(mu))), self.images_seen)
