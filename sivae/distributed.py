@@ -50,6 +50,16 @@ class Group:
             raise UserError(next(sentence for sentence in sentences if sentence), shared=True)
         return bool(code)
 
+    def together(self, work: Callable[[], Any]) -> Any:
+        """Run `work`, in which no rank waits for another, on every rank. A UserError of one is raised on all, to be told once."""
+        result, failure = None, None
+        try:
+            result = work()
+        except UserError as error:
+            failure = error
+        self.agree(False, failure)
+        return result
+
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's picklable object, on every rank (the group's own processes trust each other)."""
         if self.world_size == 1:
