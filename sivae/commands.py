@@ -276,7 +276,8 @@ def attribute(options: argparse.Namespace) -> None:
         direction = _find_direction(options, model, stream, encoded)
         direction.save(*_split(options.save))
         print(options.save)
-    strengths = np.linspace(-options.reach, options.reach, options.steps).tolist()
+    # Rounded, so that the middle one is 0.
+    strengths = np.linspace(-options.reach, options.reach, options.steps).round(9).tolist()
     _write_figure(options.output, figures.attribute(model, real, direction, strengths, labels))
     print(f"{direction.name}: {direction.separation.sentence()}")
 

@@ -117,8 +117,8 @@ def neighbours(
     distances, numbers = (found[0] for found in nearest(mu, blocks, count))
     again = model.to_uint8(model.reconstruct(image, labels)).cpu()
     tiles = torch.cat([image, again, stream.sample(numbers).images])
-    names = [f"#{number}\n{distance:.3g}" for number, distance in zip(numbers.tolist(), distances.tolist())]
-    return Figure(tiles, [""], ["image", "again", *names]), numbers, distances
+    names = [f"#{number}\n{distance:.2f}" for number, distance in zip(numbers.tolist(), distances.tolist())]
+    return Figure(tiles, [""], ["real", "rec", *names]), numbers, distances
 
 
 def attribute(
@@ -136,7 +136,9 @@ def attribute(
         made = model.to_uint8(made).cpu().unflatten(0, (len(part), len(strengths)))
         rows.append(torch.cat([part[:, None], made], dim=1))
     tiles = torch.cat(rows).flatten(0, 1)
-    return Figure(tiles, [""] * len(images), ["real", *(f"{strength:+.3g}" for strength in strengths)])
+    return Figure(
+        tiles, [""] * len(images), ["real", *(f"{strength:+.3g}" if strength else "0" for strength in strengths)]
+    )
 
 
 def of_training(model: Model, images: Tensor, labels: Tensor | None, seed: int) -> dict[str, Figure]:
