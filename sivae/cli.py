@@ -215,11 +215,6 @@ def build_parser() -> argparse.ArgumentParser:
         "attribute", "Find the latent direction of an attribute from labelled examples, and move images along it."
     )
     add_model(attribute)
-    attribute.add_argument(
-        "images",
-        nargs="?",
-        help="images to change: file, folder, set or digits:; #N picks one; of --data when not given",
-    )
     add_set(attribute, required=False)
     attribute.add_argument(
         "--label", type=int, metavar="L", help="the attribute: images of this label, against all others"
@@ -231,6 +226,11 @@ def build_parser() -> argparse.ArgumentParser:
     attribute.add_argument("--direction", metavar="FILE", help="apply a direction that was found before")
     attribute.add_argument(
         "--save", default="attribute.safetensors", metavar="FILE", help="where to put the one found now"
+    )
+    attribute.add_argument(
+        "--images",
+        metavar="SOURCE",
+        help="what to change: image file, folder, set; #N picks one; of --data when not given",
     )
     attribute.add_argument("--count", type=int, default=6, help="images to change")
     attribute.add_argument("--steps", type=int, default=7, help="strengths")

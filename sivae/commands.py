@@ -261,7 +261,9 @@ def attribute(options: argparse.Namespace) -> None:
     _require(
         options.label is None or options.data or options.encoded, "--label: of which set? give its --data, or --encoded"
     )
-    _require(options.images or options.data, "give the images to change, or --data to take the first ones of that set")
+    _require(
+        options.images or options.data, "give the --images to change, or --data to take the first ones of that set"
+    )
     model = _load(options)
     stream, encoded = _open_latents(options, model)
     if options.images:
