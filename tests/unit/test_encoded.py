@@ -113,8 +113,10 @@ def test_every_image_is_encoded_in_order(model, packed, pixels, tmp_path, monkey
     torch.testing.assert_close(columns["logvar"], -mu / 255, atol=1e-6, rtol=0)
 
 
-def test_a_split_is_numbered_by_itself(model, packed, pixels, tmp_path):
-    columns, _ = whole(encode_all(model, packed, tmp_path, split="test"))
+def test_a_split_is_numbered_by_itself_and_goes_to_any_url(model, packed, pixels, tmp_path):
+    url = f"memory://{tmp_path.name}/latents"
+    encode_all(model, packed, url, split="test")
+    columns, _ = whole(EncodedSet(Folder(url)))
     assert columns["number"].tolist() == list(range(10))
     torch.testing.assert_close(columns["mu"], torch.from_numpy(pixels[50:]).float().flatten(1), atol=1e-4, rtol=0)
 
