@@ -150,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     reconstruct.add_argument("--output", default="reconstructions.png")
 
-    interpolate = add("interpolate", "Walk in a straight line between the latents of two images.")
+    interpolate = add("interpolate", "Walk between the latents of two images, in a straight line or on a sphere.")
     add_model(interpolate)
     interpolate.add_argument("first", help="image file, or a set with #N for image N, e.g. digits:#3")
     interpolate.add_argument("second")
@@ -158,6 +158,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--label", type=int, help="class along the path, for a conditional model; the first image's by default"
     )
     interpolate.add_argument("--steps", type=int, default=10)
+    interpolate.add_argument(
+        "--spherical", action="store_true", help="keep the distance from the origin, as draws of the prior have it"
+    )
     interpolate.add_argument("--output", default="interpolation.png")
     interpolate.add_argument("--gif", metavar="FILE", help="also write the path as a GIF, there and back")
     interpolate.add_argument("--frames", type=int, default=30, help="images of the GIF from one end to the other")
@@ -232,6 +235,60 @@ def build_parser() -> argparse.ArgumentParser:
         "--score", default="negative_elbo",
         choices=["negative_elbo", "kl", "reconstruction", "importance_weighted"], help="which score judges",
     )  # fmt: skip
+
+    encode = add(
+        "encode",
+        "Encode a packed set: mu, logvar, label and name of every image. Interrupted and run again, it goes on.",
+    )
+    add_model(encode)
+    encode.add_argument("data", help="folder or URL of the packed set, or digits:")
+    encode.add_argument("dest", help="folder or URL to write")
+    encode.add_argument("--split", default="all", metavar="NAME", help="of the set; all by default")
+    encode.add_argument("--format", default="safetensors", choices=["safetensors", "parquet"])
+    encode.add_argument("--batch-size", type=int, default=64, metavar="N", help="images encoded at once (default 64)")
+
+    def add_set(command: argparse.ArgumentParser, required: bool) -> None:
+        command.add_argument("--data", required=required, metavar="URL", help="packed set, or digits:")
+        command.add_argument("--split", metavar="NAME", help="of the set; all by default, or what --encoded holds")
+        command.add_argument(
+            "--encoded", metavar="FOLDER", help="the set's latents, from sivae encode, to encode nothing"
+        )
+
+    neighbours = add("neighbours", "Find the images of a set that are nearest to one in latent space.")
+    add_model(neighbours)
+    neighbours.add_argument("image", help="image file, or a set with #N for image N")
+    add_set(neighbours, required=True)
+    neighbours.add_argument("--label", type=int, help="class of the image, where its source has none")
+    neighbours.add_argument("--count", type=int, default=8, metavar="K")
+    neighbours.add_argument("--output", default="neighbours.png")
+
+    attribute = add(
+        "attribute", "Find the latent direction of an attribute from labelled examples, and move images along it."
+    )
+    add_model(attribute)
+    add_set(attribute, required=False)
+    attribute.add_argument(
+        "--label", type=int, metavar="L", help="the attribute: images of this label, against all others"
+    )
+    attribute.add_argument(
+        "--positives", metavar="SOURCE", help="instead of --data and --label: images with the attribute"
+    )
+    attribute.add_argument("--negatives", metavar="SOURCE", help="images without it")
+    attribute.add_argument("--direction", metavar="FILE", help="apply a direction that was found before")
+    attribute.add_argument(
+        "--save", default="attribute.safetensors", metavar="FILE", help="where to put the one found now"
+    )
+    attribute.add_argument(
+        "--images",
+        metavar="SOURCE",
+        help="what to change: image file, folder, set; #N picks one; of --data when not given",
+    )
+    attribute.add_argument("--count", type=int, default=6, help="images to change")
+    attribute.add_argument("--steps", type=int, default=7, help="strengths")
+    attribute.add_argument(
+        "--reach", type=float, default=3.0, help="the highest strength, in standard deviations within a class"
+    )
+    attribute.add_argument("--output", default="attribute.png")
 
     imported = add("import", "Read a published checkpoint (image, bootstrap, style, 2D, IntroVAE) into sivae's format.")
     imported.add_argument("source", help=".pth file")

@@ -28,7 +28,12 @@ UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "Ki
 MAX_LINES = 20  # of a list that is printed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sivae.data import ImageStream
     from sivae.data.sources import Sample
+    from sivae.encoded import EncodedSet
+    from sivae.latents import Direction
 
 
 def train(options: argparse.Namespace) -> int:
@@ -185,7 +190,7 @@ def interpolate(options: argparse.Namespace) -> None:
     second, _ = read_images(options.second, model, 1, options.label)
 
     def path(steps: int) -> Tensor:
-        return model.to_uint8(model.interpolate(first, second, steps, labels)[0]).cpu()
+        return model.to_uint8(model.interpolate(first, second, steps, labels, spherical=options.spherical)[0]).cpu()
 
     _write(options.output, images.grid(torch.cat([first, path(options.steps), second]), columns=options.steps + 2))
     if options.gif:
@@ -305,6 +310,108 @@ def ood(options: argparse.Namespace) -> None:
     print(f"{folder.url}/{outliers.FILE}: thresholds; judge an image with sivae ood {options.model} --judge IMAGE")
 
 
+def encode(options: argparse.Namespace) -> None:
+    from sivae import distributed
+    from sivae.encoded import encode_set
+
+    _require(options.batch_size > 0, f"--batch-size: {options.batch_size} is not a number of images")
+    with distributed.join(options.device) as group:
+        model = group.together(lambda: inference.load(options.model, device=group.device, weights=options.weights))
+        stream = group.together(lambda: _open_set(options.data, options.split, model, progress=group.is_main))
+        encoded = encode_set(
+            model, stream, Folder(options.dest), group, split=options.split, file_format=options.format,
+            batch_size=options.batch_size,
+        )  # fmt: skip
+        if group.is_main:
+            print(
+                f"{encoded.where}: {len(encoded):,} images, {encoded.latent_dim} latent dimensions, {len(encoded.parts):,} parts"
+            )
+
+
+def neighbours(options: argparse.Namespace) -> None:
+    model = _load(options)
+    image, labels = read_images(options.image, model, 1, options.label)
+    stream, encoded = _open_latents(options, model)
+    _require(
+        1 <= options.count <= len(stream),
+        f"--count: {options.count} is not in 1 .. {len(stream)}, the images of {stream.where}",
+    )
+    figure, numbers, distances = figures.neighbours(model, image, stream, options.count, labels, encoded)
+    _write_figure(options.output, figure)
+    for number, distance in zip(numbers.tolist(), distances.tolist()):
+        label = "" if stream.index.label is None else f", label {stream.index.label[number]}"
+        print(f"{distance:8.4f}  #{number}, {stream.index.name(number)}{label}")
+
+
+def attribute(options: argparse.Namespace) -> None:
+    from sivae.latents import Direction
+
+    for name, least in (("count", 1), ("steps", 2)):
+        value = getattr(options, name)
+        _require(value >= least, f"--{name}: {value} is too few, give {least} or more")
+    _require(0 < options.reach < math.inf, f"--reach: {options.reach} is not a distance above 0")
+    folders = options.positives is not None or options.negatives is not None
+    _require(
+        (options.label is not None) + folders + (options.direction is not None) == 1,
+        "give the attribute once: as --label, as --positives and --negatives, or as the --direction that was found before",
+    )
+    _require(not folders or (options.positives and options.negatives), "--positives and --negatives go together")
+    _require(
+        options.label is None or options.data or options.encoded, "--label: of which set? give its --data, or --encoded"
+    )
+    _require(
+        options.images or options.data, "give the --images to change, or --data to take the first ones of that set"
+    )
+    model = _load(options)
+    stream, encoded = _open_latents(options, model)
+    if options.images:
+        real, labels = read_images(options.images, model, options.count)
+    else:
+        first = stream.sample(range(min(options.count, len(stream))))
+        real, labels = first.images, first.labels
+    if options.direction is not None:
+        direction = Direction.load(*_split(options.direction))
+        direction.check(model.latent_dim, inference.weights_digest(model), options.direction)
+    else:
+        direction = _find_direction(options, model, stream, encoded)
+        direction.save(*_split(options.save))
+        print(options.save)
+    # Rounded, so that the middle one is 0.
+    strengths = np.linspace(-options.reach, options.reach, options.steps).round(9).tolist()
+    _write_figure(options.output, figures.attribute(model, real, direction, strengths, labels))
+    print(f"{direction.name}: {direction.separation.sentence()}")
+
+
+def _find_direction(
+    options: argparse.Namespace, model: inference.Model, stream: ImageStream | None, encoded: EncodedSet | None
+) -> Direction:
+    from sivae.encoded import latents_of
+    from sivae.latents import DirectionFit
+
+    fit = DirectionFit(model.latent_dim)
+    if options.label is None:
+        for source, positive in ((options.positives, True), (options.negatives, False)):
+            items = _open_images(source, model)
+            with progress_bar(len(items), f"encoding {shown(source)}", " images") as bar:
+                for first in range(0, len(items), figures.BATCH):
+                    numbers = range(first, min(first + figures.BATCH, len(items)))
+                    mu, _ = model.encode(*_take(items, numbers, model))
+                    fit.add(mu.float().cpu(), torch.full((len(numbers),), positive))
+                    bar.update(len(numbers))
+        name = f"{shown(options.positives)} against {shown(options.negatives)}"
+    else:
+        held = encoded or stream
+        _require(held.num_classes, f"--label: {held.where} has no labels; pack it with --labels")
+        _require(
+            0 <= options.label < held.num_classes,
+            f"--label: {options.label} is not in 0 .. {held.num_classes - 1}, the labels of {held.where}",
+        )
+        for part in latents_of(model, stream, encoded):
+            fit.add(part.mu, part.label == options.label)
+        name = f"label {options.label}"
+    return fit.finish(name, inference.weights_digest(model))
+
+
 def import_(options: argparse.Namespace) -> None:
     from sivae.models import published
 
@@ -347,9 +454,9 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "train": train, "toy2d": toy2d, "pack": pack, "check": check, "index": index, "sample": sample, "reconstruct": reconstruct, "interpolate": interpolate,
-    "traverse": traverse, "stylemix": stylemix, "evaluate": evaluate, "ood": ood,
-    "import": import_, "export": export, "plan": plan, "doctor": doctor,
+    "train": train, "toy2d": toy2d, "pack": pack, "check": check, "index": index, "sample": sample, "reconstruct": reconstruct,
+    "interpolate": interpolate, "traverse": traverse, "stylemix": stylemix, "encode": encode, "neighbours": neighbours,
+    "attribute": attribute, "evaluate": evaluate, "ood": ood, "import": import_, "export": export, "plan": plan, "doctor": doctor,
 }  # fmt: skip
 
 
@@ -360,35 +467,74 @@ def read_images(
 
     `source` is an image file, a folder, a packed set, an array file or `digits:`; with `#N` only its image N.
     """
-    from sivae.data import ImageStream
-    from sivae.data.pack import fit
-    from sivae.data.sources import IMAGE_SUFFIXES, open_source
-
-    _require(len(model.sample_shape) == 3, "this model is not one of images")
     source, _, number = source.partition("#")
     _require(not number or number.isdecimal(), f"{source}#{number}: #N picks an image by its number")
-    channels, resolution, _ = model.sample_shape
-    if source.lower().endswith(IMAGE_SUFFIXES):
-        items = [_read_file(source)]
-    elif source != "digits:" and Folder(source).exists("index.json"):
-        items = ImageStream(source, batch_size=1, resolution=resolution, num_channels=channels)
-    else:
-        items = open_source(source, resolution=resolution)
+    items = _open_images(source, model)
     if label is not None:
         _require(model.num_classes, "--label: this model is not conditional on classes")
     _require(not number or int(number) < len(items), f"{source}: has images 0 to {len(items) - 1}, not {number}")
-    numbers = [int(number)] if number else list(range(min(count, len(items))))
+    numbers = [int(number)] if number else range(min(count, len(items)))
+    pixels, labels = _take(items, numbers, model)
+    return pixels, labels if label is None else torch.full((len(pixels),), label)
+
+
+def _open_images(source: str, model: inference.Model) -> Sequence[Sample] | ImageStream:
+    """What `read_images` takes images from, for `_take`."""
+    from sivae.data import ImageStream
+    from sivae.data.sources import IMAGE_SUFFIXES, open_source
+
+    _require(len(model.sample_shape) == 3, "this model is not one of images")
+    channels, resolution, _ = model.sample_shape
+    if source.lower().endswith(IMAGE_SUFFIXES):
+        return [_read_file(source)]
+    if source != "digits:" and Folder(source).exists("index.json"):
+        return ImageStream(source, batch_size=1, resolution=resolution, num_channels=channels)
+    return open_source(source, resolution=resolution)
+
+
+def _take(
+    items: Sequence[Sample] | ImageStream, numbers: Sequence[int], model: inference.Model
+) -> tuple[Tensor, Tensor | None]:
+    """The images of these numbers as the model takes them, uint8 [N, C, H, W], and the labels that they have."""
+    from sivae.data import ImageStream
+    from sivae.data.pack import fit
+
     if isinstance(items, ImageStream):
         batch = items.sample(numbers)
-        pixels, labels = batch.images, batch.labels
-    else:
-        found = [items[i] for i in numbers]
-        fitted = [
-            np.asarray(fit(sample.pixels, resolution, channels)).reshape(resolution, resolution, -1) for sample in found
-        ]
-        pixels = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
-        labels = None if found[0].label is None else torch.tensor([sample.label for sample in found])
-    return pixels, labels if label is None else torch.full((len(pixels),), label)
+        return batch.images, batch.labels
+    channels, resolution, _ = model.sample_shape
+    found = [items[number] for number in numbers]
+    fitted = [
+        np.asarray(fit(sample.pixels, resolution, channels)).reshape(resolution, resolution, -1) for sample in found
+    ]
+    pixels = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
+    return pixels, None if found[0].label is None else torch.tensor([sample.label for sample in found])
+
+
+def _open_set(url: str, split: str, model: inference.Model, progress: bool = True) -> ImageStream:
+    from sivae.data import open_stream
+
+    _require(len(model.sample_shape) == 3, "this model is not one of images")
+    channels, resolution, _ = model.sample_shape
+    return open_stream(url, split=split, resolution=resolution, num_channels=channels, batch_size=1, progress=progress)
+
+
+def _open_latents(options: argparse.Namespace, model: inference.Model) -> tuple[ImageStream | None, EncodedSet | None]:
+    """The set of --data and its latents of --encoded, each None where it is not given; they belong to each other and the model."""
+    from sivae.encoded import EncodedSet
+
+    encoded = EncodedSet(Folder(options.encoded)) if options.encoded else None
+    if encoded is not None:
+        encoded.check(model)
+    split = options.split or (encoded.split if encoded is not None else "all")
+    _require(
+        encoded is None or split == encoded.split,
+        f"--split: {options.encoded} holds the split {encoded and encoded.split}, not {split}",
+    )
+    stream = _open_set(options.data, split, model) if options.data else None
+    if encoded is not None and stream is not None:
+        encoded.check_set(stream)
+    return stream, encoded
 
 
 def _read_file(path: str) -> Sample:

@@ -12,8 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sivae.data import ImageStream
+from sivae.encoded import EncodedSet, latents_of
+from sivae.errors import UserError
 from sivae.images import to_float
 from sivae.inference import Model
+from sivae.latents import Direction, nearest
 from sivae.objectives import kl
 from sivae.randomness import fixed_latents
 
@@ -94,6 +98,46 @@ def traversals(
     tiles = _decode(model, z.flatten(0, 1), label)
     return Figure(
         tiles, [f"z{dim}\n{divergence[dim]:.2g} nats" for dim in dims], [f"{value:.3g}" for value in values.tolist()]
+    )
+
+
+def neighbours(
+    model: Model, image: Tensor, stream: ImageStream, count: int, labels: Tensor | None = None,
+    encoded: EncodedSet | None = None,
+) -> tuple[Figure, Tensor, Tensor]:  # fmt: skip
+    """An image, its reconstruction, and the `count` images of a set whose latent means are nearest to its own.
+
+    image: uint8 [1, C, H, W]. encoded: the set's latents, where they are kept; otherwise the set is encoded now. Also returns
+    the neighbours' numbers int64 [count] and Euclidean distances float32 [count], the nearest first: `latents.nearest`.
+    """
+    if not 1 <= count <= len(stream):
+        raise UserError(f"{count} neighbours are asked for, and {stream.where} has {len(stream):,} images")
+    mu = model.encode(image, labels)[0].float().cpu()
+    blocks = ((part.number, part.mu) for part in latents_of(model, stream, encoded))
+    distances, numbers = (found[0] for found in nearest(mu, blocks, count))
+    again = model.to_uint8(model.reconstruct(image, labels)).cpu()
+    tiles = torch.cat([image, again, stream.sample(numbers).images])
+    names = [f"#{number}\n{distance:.2f}" for number, distance in zip(numbers.tolist(), distances.tolist())]
+    return Figure(tiles, [""], ["real", "rec", *names]), numbers, distances
+
+
+def attribute(
+    model: Model, images: Tensor, direction: Direction, strengths: list[float], labels: Tensor | None = None
+) -> Figure:
+    """Images uint8 [B, C, H, W], a row each, then what they become with an attribute added at each strength; 0 reconstructs.
+
+    strengths: in standard deviations along the direction; below 0 they take the attribute away.
+    """
+    rows = []
+    for part, own in _batches(images, labels):
+        moved = direction.move(model.encode(part, own)[0], torch.tensor(strengths)).flatten(0, 1)
+        own = None if own is None else own.repeat_interleave(len(strengths))
+        made = torch.cat([model.decode(z, label) for z, label in _batches(moved, own)])
+        made = model.to_uint8(made).cpu().unflatten(0, (len(part), len(strengths)))
+        rows.append(torch.cat([part[:, None], made], dim=1))
+    tiles = torch.cat(rows).flatten(0, 1)
+    return Figure(
+        tiles, [""] * len(images), ["real", *(f"{strength:+.3g}" if strength else "0" for strength in strengths)]
     )
 
 

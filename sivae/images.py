@@ -66,14 +66,20 @@ def grid(images: Tensor, columns: int, padding: int = 2) -> np.ndarray:
 def table(images: Tensor, rows: list[str], columns: list[str], padding: int = 2) -> np.ndarray:
     """A grid of uint8 [rows * columns, C, H, W] with the names of rows at the left and of columns at the top, where there are any."""
     body = grid(images, len(columns), padding)
-    left, top = NAME_WIDTH * any(rows), NAME_HEIGHT * any(columns)
+    left, top = NAME_WIDTH * any(rows), NAME_HEIGHT * any(columns) * max(1 + name.count("\n") for name in columns)
     canvas = Image.new("RGB", (left + body.shape[1], top + body.shape[0]), "white")
     canvas.paste(Image.fromarray(body), (left, top))
     draw, (height, width) = ImageDraw.Draw(canvas), tile(images[0]).shape[:2]
     for index, name in enumerate(rows):
         draw.text((4, top + padding + (index + 0.5) * (height + padding)), name, fill="black", anchor="lm")
     for index, name in enumerate(columns):
-        draw.text((left + padding + (index + 0.5) * (width + padding), top / 2), name, fill="black", anchor="mm")
+        draw.text(
+            (left + padding + (index + 0.5) * (width + padding), top / 2),
+            name,
+            fill="black",
+            anchor="mm",
+            align="center",
+        )
     return np.asarray(canvas)
 
 

@@ -18,6 +18,7 @@ from sivae import __version__, checkpoint, models
 from sivae.config import ConfigError, parse_model
 from sivae.errors import UserError
 from sivae.images import to_float, to_uint8
+from sivae.latents import slerp
 from sivae.objectives import reparameterize
 from sivae.randomness import fixed_latents
 from sivae.storage import Folder
@@ -135,11 +136,20 @@ class Model:
         mu, _ = self.encoder(images.to(self.device), labels, level=level)
         return self.decoder(mu, labels, level=level)
 
-    def interpolate(self, first: Tensor, second: Tensor, steps: int = 8, labels: Tensor | None = None) -> Tensor:
-        """Images [B, steps, C, H, W] along the straight line between the latent means of two batches of images."""
+    def interpolate(
+        self, first: Tensor, second: Tensor, steps: int = 8, labels: Tensor | None = None, *, spherical: bool = False
+    ) -> Tensor:
+        """Images [B, steps, C, H, W] between the latent means of two batches of images: along the straight line, or `spherical`.
+
+        A Gaussian prior has nearly all its mass at a distance of sqrt(latent_dim) from the origin. Half way between two of its
+        draws the straight line comes as near as 0.7 of that, where the prior puts next to nothing; the spherical path stays
+        at the distance of its ends. So spherical suits draws of the prior and means as long as they are; between means that
+        are short, as of a model that leaves many dimensions unused, both look the same.
+        """
         ends = self.encode(first, labels)[0], self.encode(second, labels)[0]
         weights = torch.linspace(0, 1, steps, device=self.device)[None, :, None]
-        path = torch.lerp(ends[0][:, None], ends[1][:, None], weights).flatten(0, 1)
+        between = slerp if spherical else torch.lerp
+        path = between(ends[0][:, None], ends[1][:, None], weights).flatten(0, 1)
         labels = None if labels is None else labels.repeat_interleave(steps)
         return self.decode(path, labels).unflatten(0, (len(first), steps))
 
@@ -209,6 +219,15 @@ def load(
     )
     fill(model, next(iter(found.tensors.values())), path)
     return model
+
+
+def weights_digest(model: Model) -> str:
+    """sha256 of both networks' weights: what belongs to a model's latents is kept with it."""
+    digest = hashlib.sha256()
+    for network in (model.encoder, model.decoder):
+        for name, value in network.state_dict().items():
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fill(model: Model, tensors: dict[str, Tensor], where: str) -> None:
