@@ -199,11 +199,11 @@ def read_images(
 ) -> tuple[Tensor, Tensor | None]:
     """Up to `count` images as the model takes them: uint8 [N, C, H, W], with labels int64 [N]: `label`, or the source's, or None.
 
-    `source` is an image file, a folder, a packed set, an array file or `digits:`; with `#N` only its image N.
+    `source` is an image file, a folder, a packed set, an array file, `digits:` or `shapes:`; with `#N` only its image N.
     """
     from sivae.data import ImageStream
     from sivae.data.pack import fit
-    from sivae.data.sources import IMAGE_SUFFIXES, open_source
+    from sivae.data.sources import DRAWN, IMAGE_SUFFIXES, open_source
 
     _require(len(model.sample_shape) == 3, "this model is not one of images")
     source, _, number = source.partition("#")
@@ -211,7 +211,7 @@ def read_images(
     channels, resolution, _ = model.sample_shape
     if source.lower().endswith(IMAGE_SUFFIXES):
         items = [_read_file(source)]
-    elif source != "digits:" and Folder(source).exists("index.json"):
+    elif source not in DRAWN and Folder(source).exists("index.json"):
         items = ImageStream(source, batch_size=1, resolution=resolution, num_channels=channels)
     else:
         items = open_source(source, resolution=resolution)

@@ -38,7 +38,7 @@ class Model:
             network.to(self.device).eval().requires_grad_(False) for network in models.build(**settings)
         )
         self.value_range = models.VALUE_RANGES[settings["family"]]
-        self.latent_dim, self.num_classes = settings["latent_dim"], settings["num_classes"]
+        self.latent_dim, self.num_classes = settings["latent_dim"], settings.get("num_classes", 0)
         # Of a run that was still growing: the level and blend that its networks were trained at.
         self.stage = self.info.get("stage", {})
 
