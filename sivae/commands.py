@@ -155,6 +155,15 @@ def interpolate(options: argparse.Namespace) -> None:
     _write(options.output, images.grid(torch.cat([first, path, second]), columns=options.steps + 2))
 
 
+def translate(options: argparse.Namespace) -> None:
+    _require(options.count > 0, f"--count: {options.count} is not a number of images")
+    model = _load(options)
+    content, _ = read_images(options.content, model, options.count, spread=True)
+    class_, _ = read_images(options.class_, model, options.count, spread=True)
+    translated = model.to_uint8(model.translate(content, class_)).cpu()
+    _write(options.output, images.grid(images.with_margins(translated, content, class_), columns=len(class_) + 1))
+
+
 def import_(options: argparse.Namespace) -> None:
     from sivae.models import published
 
@@ -190,16 +199,17 @@ def doctor(options: argparse.Namespace) -> int:
 
 COMMANDS = {
     "train": train, "pack": pack, "check": check, "index": index, "sample": sample, "reconstruct": reconstruct, "interpolate": interpolate,
-    "import": import_, "export": export, "doctor": doctor,
+    "translate": translate, "import": import_, "export": export, "doctor": doctor,
 }  # fmt: skip
 
 
 def read_images(
-    source: str, model: inference.Model, count: int, label: int | None = None
+    source: str, model: inference.Model, count: int, label: int | None = None, spread: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Up to `count` images as the model takes them: uint8 [N, C, H, W], with labels int64 [N]: `label`, or the source's, or None.
 
     `source` is an image file, a folder, a packed set, an array file, `digits:` or `shapes:`; with `#N` only its image N.
+    The first ones, or with `spread` some from all over it.
     """
     from sivae.data import ImageStream
     from sivae.data.pack import fit
@@ -218,7 +228,10 @@ def read_images(
     if label is not None:
         _require(model.num_classes, "--label: this model is not conditional on classes")
     _require(not number or int(number) < len(items), f"{source}: has images 0 to {len(items) - 1}, not {number}")
-    numbers = [int(number)] if number else list(range(min(count, len(items))))
+    count = min(count, len(items))
+    numbers = np.linspace(0, len(items) - 1, count).astype(int).tolist() if spread else list(range(count))
+    if number:
+        numbers = [int(number)]
     if isinstance(items, ImageStream):
         batch = items.sample(numbers)
         pixels, labels = batch.images, batch.labels

@@ -62,7 +62,8 @@ class RunSettings(Section):
 
 class DataSettings(Section):
     url: str = Field(min_length=1)
-    """Folder or fsspec URL of a packed set or pyramid (see `sivae pack`), or `digits:` for the set inside scikit-learn."""
+    """Folder or fsspec URL of a packed set or pyramid (see `sivae pack`), `digits:` for the set inside scikit-learn, or
+    `shapes:` for drawn shapes with known factors."""
     split: str = Field("train", min_length=1)
     """Which part of the set to train on, by its name in the index, or `all`."""
     num_workers: int = Field(2, ge=0)
@@ -75,7 +76,7 @@ class DataSettings(Section):
     """A sample that is damaged in storage stops the run, or another one, chosen by (seed, epoch, sample), stands in for
     it and is counted as data/substituted. Storage that does not answer always stops it."""
     cache_dir: str | None = None
-    """A folder on this node for remote shards and for `digits:`; None means $SIVAE_CACHE or ~/.cache/sivae."""
+    """A folder on this node for remote shards, `digits:` and `shapes:`; None means $SIVAE_CACHE or ~/.cache/sivae."""
     cache_bytes: int = Field(0, ge=0)
     """Keep so many bytes of remote shards in cache_dir, for all processes and runs of the node; 0 keeps none."""
     timeout_sec: float = Field(120.0, gt=0)

@@ -9,6 +9,7 @@ import re
 
 from sivae.data.sources.arrays import Array
 from sivae.data.sources.base import BadImage, Sample, Source, natural_key
+from sivae.data.sources.cars3d import Cars3D
 from sivae.data.sources.cifar import CIFAR10
 from sivae.data.sources.digits import Digits
 from sivae.data.sources.ffhq import FFHQ
@@ -38,6 +39,7 @@ FOLDERS = (
     (r"data_batch_1(\.bin)?", CIFAR10),
     (IDX, Idx),
     (r"(train|test|extra)_32x32\.mat", SVHN),
+    (r".*\.mat", Cars3D),
     (r".*\.tar", Tars),
 )
 # A file is the first kind whose pattern its name matches.
@@ -51,8 +53,8 @@ FILES = (
     (r".*\.tar", Tars),
 )
 KNOWN = (
-    "give `digits:`, `shapes:`, a folder of images, FFHQ's folder, a StyleGAN .zip or its .tfrecords, CIFAR-10, MNIST or SVHN as "
-    "published, a .npy or .npz file, a packed set, or WebDataset .tar shards (also shards-{000000..000069}.tar)"
+    "give `digits:`, `shapes:`, a folder of images, FFHQ's folder, a StyleGAN .zip or its .tfrecords, CIFAR-10, MNIST, SVHN or "
+    "Cars3D as published, a .npy or .npz file, a packed set, or WebDataset .tar shards (also shards-{000000..000069}.tar)"
 )
 
 
@@ -107,8 +109,8 @@ def _find(source: str, storage_options: dict | None) -> tuple[type, tuple]:
         entries = ask(folder, lambda: fs.ls(path, detail=True))
     names = {entry["name"].rstrip("/").rpartition("/")[2]: entry["type"] for entry in entries}
     kind = _match(names, FOLDERS)
-    if kind is Tars and any(n.lower().endswith(IMAGE_SUFFIXES) or t == "directory" for n, t in names.items()):
-        kind = None  # photographs with an archive among them
+    if kind in (Cars3D, Tars) and any(n.lower().endswith(IMAGE_SUFFIXES) or t == "directory" for n, t in names.items()):
+        kind = None  # photographs with an archive or notes among them
     if kind in (None, Packed, FFHQ):
         return kind or ImageFolder, (folder,)
     return kind, (folder, None)
