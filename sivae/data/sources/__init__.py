@@ -16,6 +16,7 @@ from sivae.data.sources.ffhq import FFHQ
 from sivae.data.sources.files import ask, damage, expand_braces, split_url
 from sivae.data.sources.folder import ImageFolder
 from sivae.data.sources.idx import Idx
+from sivae.data.sources.kth import KTH
 from sivae.data.sources.packed import Packed
 from sivae.data.sources.pictures import IMAGE_SUFFIXES, to_uint8
 from sivae.data.sources.shapes import Shapes
@@ -40,6 +41,7 @@ FOLDERS = (
     (IDX, Idx),
     (r"(train|test|extra)_32x32\.mat", SVHN),
     (r".*\.mat", Cars3D),
+    (r"person\d\d_[a-z]+_d\d_uncomp\.avi", KTH),
     (r".*\.tar", Tars),
 )
 # A file is the first kind whose pattern its name matches.
@@ -53,8 +55,8 @@ FILES = (
     (r".*\.tar", Tars),
 )
 KNOWN = (
-    "give `digits:`, `shapes:`, a folder of images, FFHQ's folder, a StyleGAN .zip or its .tfrecords, CIFAR-10, MNIST, SVHN or "
-    "Cars3D as published, a .npy or .npz file, a packed set, or WebDataset .tar shards (also shards-{000000..000069}.tar)"
+    "give `digits:`, `shapes:`, a folder of images, FFHQ's folder, a StyleGAN .zip or its .tfrecords, CIFAR-10, MNIST, SVHN, "
+    "Cars3D or KTH as published, a .npy or .npz file, a packed set, or WebDataset .tar shards (also shards-{000000..000069}.tar)"
 )
 
 
