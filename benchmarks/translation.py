@@ -36,8 +36,8 @@ class Pairs:
     def __init__(self, resolution: int, count: int):
         source = open_source("shapes:", resolution=resolution)
         test = torch.as_tensor(source.splits["test"])
-        # A stride that is prime to the number of images mixes classes and contents.
-        self.numbers = test[torch.arange(count) * 149 % len(test)]
+        # A stride that is prime to the number of images mixes classes and contents; after few steps all shapes and colours are there.
+        self.numbers = test[torch.arange(count) * 61 % len(test)]
         classes, contents = self.numbers // NUM_CONTENTS, self.numbers % NUM_CONTENTS
         self.of = lambda i: torch.from_numpy(source[int(i)].pixels).permute(2, 0, 1).contiguous()
         self.images = torch.stack([self.of(i) for i in self.numbers])

@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pack.add_argument(
         "source",
-        help="folder of images, .npy or .npz, .zip, .tfrecords, CIFAR-10, MNIST, SVHN or FFHQ as published, a packed set, "
+        help="folder of images, .npy or .npz, .zip, .tfrecords, CIFAR-10, MNIST, SVHN, Cars3D, KTH or FFHQ as published, a packed set, "
         ".tar shards (path or URL), or digits: or shapes:",
     )
     pack.add_argument("dest", help="folder or URL of the packed set")
