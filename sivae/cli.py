@@ -58,8 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pack.add_argument(
         "source",
-        help="folder of images, .npy or .npz, .zip, .tfrecords, CIFAR-10, MNIST, SVHN or FFHQ as published, a packed set, "
-        ".tar shards (path or URL), or digits:",
+        help="folder of images, .npy or .npz, .zip, .tfrecords, CIFAR-10, MNIST, SVHN, Cars3D, KTH or FFHQ as published, a packed set, "
+        ".tar shards (path or URL), or digits: or shapes:",
     )
     pack.add_argument("dest", help="folder or URL of the packed set")
     pack.add_argument("--resolution", type=int, required=True, help="height and width in pixels")
@@ -140,7 +140,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     reconstruct = add("reconstruct", "Reconstruct images: a picture with each image above its reconstruction.")
     add_model(reconstruct)
-    reconstruct.add_argument("source", help="image file, folder, packed set, .npy/.npz or digits:; #N picks image N")
+    reconstruct.add_argument(
+        "source", help="image file, folder, packed set, .npy/.npz, digits: or shapes:; #N picks image N"
+    )
     reconstruct.add_argument(
         "--label", type=int, help="class of the images, for a conditional model, where the source has none"
     )
@@ -289,6 +291,21 @@ def build_parser() -> argparse.ArgumentParser:
         "--reach", type=float, default=3.0, help="the highest strength, in standard deviations within a class"
     )
     attribute.add_argument("--output", default="attribute.png")
+
+    translate = add(
+        "translate",
+        "Give images the class of others: a picture with the images that set the content at the left, those that set the"
+        " class at the top, and each content with each class between them. Needs a model of the translation family.",
+    )
+    add_model(translate)
+    translate.add_argument(
+        "content", metavar="A", help="images whose content is kept: file, folder or set; #N picks image N"
+    )
+    translate.add_argument("class_", metavar="B", help="images whose class they take on: the same")
+    translate.add_argument(
+        "--count", type=int, default=8, metavar="N", help="at most so many rows and columns, from all over A and B"
+    )
+    translate.add_argument("--output", default="translation.png")
 
     imported = add("import", "Read a published checkpoint (image, bootstrap, style, 2D, IntroVAE) into sivae's format.")
     imported.add_argument("source", help=".pth file")

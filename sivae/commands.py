@@ -412,6 +412,15 @@ def _find_direction(
     return fit.finish(name, inference.weights_digest(model))
 
 
+def translate(options: argparse.Namespace) -> None:
+    _require(options.count > 0, f"--count: {options.count} is not a number of images")
+    model = _load(options)
+    content, _ = read_images(options.content, model, options.count, spread=True)
+    class_, _ = read_images(options.class_, model, options.count, spread=True)
+    translated = model.to_uint8(model.translate(content, class_)).cpu()
+    _write(options.output, images.grid(images.with_margins(translated, content, class_), columns=len(class_) + 1))
+
+
 def import_(options: argparse.Namespace) -> None:
     from sivae.models import published
 
@@ -456,16 +465,17 @@ def doctor(options: argparse.Namespace) -> int:
 COMMANDS = {
     "train": train, "toy2d": toy2d, "pack": pack, "check": check, "index": index, "sample": sample, "reconstruct": reconstruct,
     "interpolate": interpolate, "traverse": traverse, "stylemix": stylemix, "encode": encode, "neighbours": neighbours,
-    "attribute": attribute, "evaluate": evaluate, "ood": ood, "import": import_, "export": export, "plan": plan, "doctor": doctor,
+    "attribute": attribute, "translate": translate, "evaluate": evaluate, "ood": ood, "import": import_, "export": export, "plan": plan, "doctor": doctor,
 }  # fmt: skip
 
 
 def read_images(
-    source: str, model: inference.Model, count: int, label: int | None = None
+    source: str, model: inference.Model, count: int, label: int | None = None, spread: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Up to `count` images as the model takes them: uint8 [N, C, H, W], with labels int64 [N]: `label`, or the source's, or None.
 
-    `source` is an image file, a folder, a packed set, an array file or `digits:`; with `#N` only its image N.
+    `source` is an image file, a folder, a packed set, an array file, `digits:` or `shapes:`; with `#N` only its image N.
+    The first ones, or with `spread` some from all over it.
     """
     source, _, number = source.partition("#")
     _require(not number or number.isdecimal(), f"{source}#{number}: #N picks an image by its number")
@@ -473,7 +483,10 @@ def read_images(
     if label is not None:
         _require(model.num_classes, "--label: this model is not conditional on classes")
     _require(not number or int(number) < len(items), f"{source}: has images 0 to {len(items) - 1}, not {number}")
-    numbers = [int(number)] if number else range(min(count, len(items)))
+    count = min(count, len(items))
+    numbers = np.linspace(0, len(items) - 1, count).astype(int).tolist() if spread else list(range(count))
+    if number:
+        numbers = [int(number)]
     pixels, labels = _take(items, numbers, model)
     return pixels, labels if label is None else torch.full((len(pixels),), label)
 
@@ -481,13 +494,13 @@ def read_images(
 def _open_images(source: str, model: inference.Model) -> Sequence[Sample] | ImageStream:
     """What `read_images` takes images from, for `_take`."""
     from sivae.data import ImageStream
-    from sivae.data.sources import IMAGE_SUFFIXES, open_source
+    from sivae.data.sources import DRAWN, IMAGE_SUFFIXES, open_source
 
     _require(len(model.sample_shape) == 3, "this model is not one of images")
     channels, resolution, _ = model.sample_shape
     if source.lower().endswith(IMAGE_SUFFIXES):
         return [_read_file(source)]
-    if source != "digits:" and Folder(source).exists("index.json"):
+    if source not in DRAWN and Folder(source).exists("index.json"):
         return ImageStream(source, batch_size=1, resolution=resolution, num_channels=channels)
     return open_source(source, resolution=resolution)
 

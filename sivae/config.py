@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args
 
 import fsspec
 import yaml
@@ -65,7 +65,8 @@ class RunSettings(Section):
 
 class DataSettings(Section):
     url: str = Field(min_length=1)
-    """Folder or fsspec URL of a packed set or pyramid (see `sivae pack`), or `digits:` for the set inside scikit-learn."""
+    """Folder or fsspec URL of a packed set or pyramid (see `sivae pack`), `digits:` for the set inside scikit-learn, or
+    `shapes:` for drawn shapes with known factors."""
     split: str = Field("train", min_length=1)
     """Which part of the set to train on, by its name in the index, or `all`."""
     num_workers: int = Field(2, ge=0)
@@ -78,7 +79,7 @@ class DataSettings(Section):
     """A sample that is damaged in storage stops the run, or another one, chosen by (seed, epoch, sample), stands in for
     it and is counted as data/substituted. Storage that does not answer always stops it."""
     cache_dir: str | None = None
-    """A folder on this node for remote shards and for `digits:`; None means $SIVAE_CACHE or ~/.cache/sivae."""
+    """A folder on this node for remote shards, `digits:` and `shapes:`; None means $SIVAE_CACHE or ~/.cache/sivae."""
     cache_bytes: int = Field(0, ge=0)
     """Keep so many bytes of remote shards in cache_dir, for all processes and runs of the node; 0 keeps none."""
     timeout_sec: float = Field(120.0, gt=0)
@@ -128,6 +129,19 @@ class MlpModel(Section):
         return self
 
 
+def _check_levels(channels: list[int], resolution: int) -> None:
+    """Each level halves the resolution."""
+    if any(width < 1 for width in channels):
+        raise ValueError(f"channels: {channels} has a width below 1")
+    halved = 2 ** len(channels)
+    if resolution % halved or resolution // halved < 2:
+        fits = max((n for n in range(1, 11) if resolution % 2**n == 0 and resolution // 2**n >= 4), default=1)
+        raise ValueError(
+            f"channels: {len(channels)} levels divide the resolution by {halved}, which {resolution} pixels"
+            f" do not allow; give {fits} or fewer levels, or another resolution"
+        )
+
+
 class ConvModel(Section):
     family: Literal["conv"] = "conv"
     num_channels: int = Field(3, ge=1)
@@ -157,17 +171,7 @@ class ConvModel(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if any(width < 1 for width in self.channels):
-            raise ValueError(f"channels: {self.channels} has a width below 1")
-        halved = 2 ** len(self.channels)
-        if self.resolution % halved or self.resolution // halved < 2:
-            fits = max(
-                (n for n in range(1, 11) if self.resolution % 2**n == 0 and self.resolution // 2**n >= 4), default=1
-            )
-            raise ValueError(
-                f"channels: {len(self.channels)} levels divide the resolution by {halved}, which {self.resolution} pixels"
-                f" do not allow; give {fits} or fewer levels, or another resolution"
-            )
+        _check_levels(self.channels, self.resolution)
         if self.norm == "group" and any(width % self.group_size for width in self.channels):
             raise ValueError(f"group_size: {self.group_size} does not divide every width of channels {self.channels}")
         return self
@@ -212,7 +216,46 @@ class StyleModel(Section):
         return self
 
 
-ModelSettings = Annotated[Union[MlpModel, ConvModel, StyleModel], Field(discriminator="family")]
+class TranslationModel(Section):
+    family: Literal["translation"] = "translation"
+    num_channels: int = Field(3, ge=1)
+    """Channels of the images: 1 grey, 3 colour."""
+    resolution: int = Field(64, ge=4)
+    """Height and width of the images in pixels."""
+    channels: list[int] = Field([64, 128, 256], min_length=1)
+    """Feature maps of each level of both encoders and the decoder, from the image inwards; each level halves the resolution."""
+    latent_dim: int = Field(128, gt=1)
+    """Size of z: class and content together."""
+    class_dim: int = Field(64, gt=0)
+    """How many values of z are the class; the others are the content. Few values leave little room for what is the other's."""
+    style_dim: int = Field(128, gt=0)
+    """Width of the fully connected layers between the class and the decoder's adaptive instance norms."""
+    group_size: int = Field(8, ge=1)
+    """Channels in a group of the class encoder's norm. Content encoder and decoder have instance norm."""
+    output: Literal["linear", "sigmoid"] = "linear"
+    """Last activation of the decoder; `sigmoid` is needed by `bce`."""
+
+    num_classes: ClassVar[int] = 0  # no labels: classes are what the class encoder finds
+
+    @property
+    def num_values(self) -> int:
+        """Values in one sample; the paper's s is one over it."""
+        return self.num_channels * self.resolution**2
+
+    @model_validator(mode="after")
+    def _check(self):
+        _check_levels(self.channels, self.resolution)
+        if any(width % self.group_size for width in self.channels):
+            raise ValueError(f"group_size: {self.group_size} does not divide every width of channels {self.channels}")
+        if self.class_dim >= self.latent_dim:
+            raise ValueError(
+                f"class_dim: {self.class_dim} leaves nothing of latent_dim {self.latent_dim} for the content;"
+                f" give at most {self.latent_dim - 1}"
+            )
+        return self
+
+
+ModelSettings = Annotated[Union[MlpModel, ConvModel, StyleModel, TranslationModel], Field(discriminator="family")]
 
 
 _NOT_OF_THE_LOSS = ("vae_images", "target_refresh_images", "style_mixing", "augment", "augment_probability")
@@ -593,7 +636,7 @@ def parse(tree: dict[str, Any], schema: type[Settings] = Config) -> Settings:
         raise ConfigError("; ".join(_sentence(item, schema) for item in error.errors())) from None
 
 
-def parse_model(tree: dict[str, Any]) -> MlpModel | ConvModel | StyleModel:
+def parse_model(tree: dict[str, Any]) -> MlpModel | ConvModel | StyleModel | TranslationModel:
     """Validate the settings of a model alone, as checkpoints and exported models hold them."""
     try:
         return TypeAdapter(ModelSettings).validate_python(tree)

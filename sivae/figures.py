@@ -15,7 +15,7 @@ from torch import Tensor
 from sivae.data import ImageStream
 from sivae.encoded import EncodedSet, latents_of
 from sivae.errors import UserError
-from sivae.images import to_float
+from sivae.images import to_float, with_margins
 from sivae.inference import Model
 from sivae.latents import Direction, nearest
 from sivae.objectives import kl
@@ -48,10 +48,8 @@ def style_mixing(model: Model, coarse: Tensor, fine: Tensor, num_coarse: int, la
         ]
         rows.append(model.to_uint8(torch.cat(parts)).cpu())
     top, left = _decode(model, fine, label), _decode(model, coarse, label)
-    tiles = [torch.full_like(top[:1], 255), top]
-    for source, row in zip(left, rows):
-        tiles += [source[None], row]
-    return Figure(torch.cat(tiles), [""] * (len(coarse) + 1), [""] * (len(fine) + 1))
+    tiles = with_margins(torch.stack(rows), left, top)
+    return Figure(tiles, [""] * (len(coarse) + 1), [""] * (len(fine) + 1))
 
 
 def truncation_sweep(model: Model, count: int, seed: int, num_steps: int, label: int | None = None) -> Figure:

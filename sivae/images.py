@@ -83,6 +83,14 @@ def table(images: Tensor, rows: list[str], columns: list[str], padding: int = 2)
     return np.asarray(canvas)
 
 
+def with_margins(cells: Tensor, left: Tensor, top: Tensor) -> Tensor:
+    """Tiles of a grid with `left` [N, C, H, W] in its first column, `top` [M, C, H, W] in its first row, `cells`
+    [N, M, C, H, W] inside and a white corner: [(N + 1) * (M + 1), C, H, W]. All uint8."""
+    corner = torch.full_like(top[:1], 255)
+    rows = [torch.cat([corner, top]), *(torch.cat([image[None], row]) for image, row in zip(left, cells))]
+    return torch.cat(rows)
+
+
 def panels(parts: dict[str, Tensor], columns: int) -> np.ndarray:
     """Grids under each other, each with its title: {title: uint8 [N, C, H, W]} -> uint8 [H', W', 3]."""
     pieces = []

@@ -1,4 +1,4 @@
-"""Use a trained model: encode, decode, sample, reconstruct, interpolate.
+"""Use a trained model: encode, decode, sample, reconstruct, interpolate, translate.
 
 `load` opens a run directory (its newest whole checkpoint), one checkpoint of it (RUN/checkpoints/best is the best one, where
 the run was evaluated), or an exported folder, at any fsspec URL.
@@ -40,7 +40,7 @@ class Model:
             network.to(self.device).eval().requires_grad_(False) for network in models.build(**settings)
         )
         self.value_range = models.VALUE_RANGES[settings["family"]]
-        self.latent_dim, self.num_classes = settings["latent_dim"], settings["num_classes"]
+        self.latent_dim, self.num_classes = settings["latent_dim"], settings.get("num_classes", 0)
         # Of a run that was still growing: the level and blend that its networks were trained at.
         self.stage = self.info.get("stage", {})
 
@@ -152,6 +152,31 @@ class Model:
         path = between(ends[0][:, None], ends[1][:, None], weights).flatten(0, 1)
         labels = None if labels is None else labels.repeat_interleave(steps)
         return self.decode(path, labels).unflatten(0, (len(first), steps))
+
+    def translate(self, content: Tensor, class_: Tensor, batch_size: int = 64) -> Tensor:
+        """The content of each image in `content` [N, C, H, W] with the class of each in `class_` [M, C, H, W]: [N, M, C, H, W].
+
+        Floats in `value_range`, not clamped; means of q(z | x), no draws. Raises UserError when the model's family has no
+        class and content, and for images of another shape.
+        """
+        if self.settings["family"] != "translation":
+            raise UserError(
+                f"translate: this is a model of the {self.settings['family']} family, whose latents have no class and no"
+                " content; train one of the translation family, as configs/shapes_translation.yaml does"
+            )
+        dim = self.settings["class_dim"]
+        contents, classes = (
+            torch.cat([self.encode(part)[0] for part in images.split(batch_size)]) for images in (content, class_)
+        )
+        z = torch.cat(
+            [
+                classes[None, :, :dim].expand(len(contents), -1, -1),
+                contents[:, None, dim:].expand(-1, len(classes), -1),
+            ],
+            dim=2,
+        )
+        decoded = torch.cat([self.decode(part) for part in z.flatten(0, 1).split(batch_size)])
+        return decoded.unflatten(0, (len(contents), len(classes)))
 
     def _require_style(self, what: str) -> None:
         if self.settings["family"] != "style":

@@ -15,21 +15,22 @@ def open_stream(
     url, *, resolution: int | None = None, shrunk_from: int | None = None, cache_dir=None, cache_bytes: int = 0,
     progress: bool = True, **settings,
 ) -> ImageStream:  # fmt: skip
-    """The stream of a packed set, of one level of a pyramid, or of `digits:`, which is packed on first use.
+    """The stream of a packed set, of one level of a pyramid, or of `digits:` or `shapes:`, which are packed on first use.
 
     url: a local folder or fsspec URL that holds an index.json, or a folder of them for each resolution (`sivae pack
-    --pyramid`), or `digits:`, packed at `resolution` into cache_dir/digits-{resolution}. shrunk_from: read a set that is
+    --pyramid`), or `digits:` or `shapes:`, packed at `resolution` into cache_dir/digits-{resolution}. shrunk_from: read a set that is
     no pyramid at this resolution instead, for a caller who shrinks the images. cache_dir: None means $SIVAE_CACHE, else ~/.cache/sivae. cache_bytes: of remote shards, kept in cache_dir/blocks for all processes of the
     node; 0 keeps none. progress: show a bar while packing. The other settings are ImageStream's. Raises UserError
     where it does.
     """
     cache_dir = cache_dir or os.environ.get("SIVAE_CACHE") or "~/.cache/sivae"
-    if url == "digits:":
+    if url in ("digits:", "shapes:"):
         from sivae.data.pack import pack_once  # webdataset takes a second to import
 
         if resolution is None:
-            raise UserError("digits: is drawn at the resolution asked for; set model.resolution")
-        url = pack_once(url, os.path.join(cache_dir, f"digits-{resolution}"), resolution=resolution, progress=progress)
+            raise UserError(f"{url} is drawn at the resolution asked for; set model.resolution")
+        folder = os.path.join(cache_dir, f"{url[:-1]}-{resolution}")
+        url = pack_once(url, folder, resolution=resolution, progress=progress)
         shrunk_from = None
     cache = BlockCache(os.path.join(cache_dir, "blocks"), cache_bytes) if cache_bytes else None
     try:

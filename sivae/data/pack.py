@@ -20,7 +20,7 @@ from sivae.data.index import FILE_NAME, MAX_RESOLUTION, Index, Shard
 from sivae.data.pack_shard import FOLDER, Job, Recipe, Record, Shared, make_shard, plan_id, sizes
 from sivae.data.pool import each, interruptible
 from sivae.data.scratch import Scratch
-from sivae.data.sources import open_source
+from sivae.data.sources import DRAWN, open_source
 from sivae.data.splits import assign
 from sivae.errors import UserError, shown
 from sivae.progress import progress_bar
@@ -150,7 +150,7 @@ def refuse_source(folder: Folder, source):
         return os.path.realpath(url) if folder.is_local else url
 
     other = Folder(source)
-    if str(source) != "digits:" and other.is_local == folder.is_local and place(other.path) == place(folder.path):
+    if str(source) not in DRAWN and other.is_local == folder.is_local and place(other.path) == place(folder.path):
         raise UserError(f"{shown(source)} is the source itself; give another folder for the packed set")
 
 

@@ -8,11 +8,17 @@ from torch import nn
 from sivae.models.conv import ConvDecoder, ConvEncoder
 from sivae.models.mlp import MlpDecoder, MlpEncoder
 from sivae.models.style import StyleDecoder, StyleEncoder
+from sivae.models.translation import TranslationDecoder, TranslationEncoder
 
-FAMILIES = {"mlp": (MlpEncoder, MlpDecoder), "conv": (ConvEncoder, ConvDecoder), "style": (StyleEncoder, StyleDecoder)}
+FAMILIES = {
+    "mlp": (MlpEncoder, MlpDecoder),
+    "conv": (ConvEncoder, ConvDecoder),
+    "style": (StyleEncoder, StyleDecoder),
+    "translation": (TranslationEncoder, TranslationDecoder),
+}
 
 # Values of an image inside a family's networks; outside they are uint8.
-VALUE_RANGES = {"mlp": (0.0, 1.0), "conv": (0.0, 1.0), "style": (-1.0, 1.0)}
+VALUE_RANGES = {"mlp": (0.0, 1.0), "conv": (0.0, 1.0), "style": (-1.0, 1.0), "translation": (0.0, 1.0)}
 
 
 class Networks(NamedTuple):

@@ -588,6 +588,97 @@ def test_bad_svhn(tmp_path):
             opened(path)
 
 
+# Cars3D and KTH
+
+
+def save_car(path, views, **settings):
+    """views [24, 4, H, W, 3], the published way round."""
+    with io.BytesIO() as file:
+        scipy.io.savemat(file, {"im": views.transpose(2, 3, 4, 0, 1)}, **settings)
+        write(path, file.getvalue())
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_cars3d(place, compressed):
+    cars = {number: noise(96, 6, 5, 3, seed=number).reshape(24, 4, 6, 5, 3) for number in (2, 10)}
+    for number, views in cars.items():
+        save_car(f"{place}/cars/car_{number}_mesh.mat", views, do_compression=compressed)
+    pixels = [*cars[2].reshape(96, 6, 5, 3), *cars[10].reshape(96, 6, 5, 3)]
+    samples = check(opened(f"{place}/cars"), pixels, [0] * 96 + [1] * 96)
+    assert samples[96 + 4 * 7 + 3].name == "car_10_mesh azimuth 7 elevation 3"
+    assert np.array_equal(samples[96 + 4 * 7 + 3].pixels, cars[10][7, 3])
+    check(opened(f"{place}/cars", labels=False), pixels)
+    assert changed(f"{place}/cars", lambda: save_car(f"{place}/cars/car_3.mat", cars[2], do_compression=compressed))
+
+
+def test_the_last_20_cars_are_the_test_split(tmp_path):
+    for number in range(23):
+        save_car(tmp_path / f"car_{number:03}_mesh.mat", np.zeros((24, 4, 1, 1, 3), np.uint8))
+    source = opened(tmp_path)
+    assert source.splits == {"train": range(3 * 96), "test": range(3 * 96, 23 * 96)} and source.num_classes == 23
+
+
+@pytest.mark.parametrize("views", [np.zeros((24, 3, 2, 2, 3), np.uint8), np.zeros((24, 4, 2, 2, 3)), None])
+def test_bad_cars3d(tmp_path, views):
+    path = tmp_path / "car_001_mesh.mat"
+    save_car(path, np.zeros((24, 4, 2, 2, 3), np.uint8) if views is None else views)
+    if views is None:
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(BadImage, match=r"car_001_mesh\.mat cannot be read .*; download it again"):
+        opened(tmp_path)[0]
+
+
+def test_pictures_with_a_mat_file_among_them_are_pictures(tmp_path):
+    save_car(tmp_path / "notes.mat", np.zeros((24, 4, 2, 2, 3), np.uint8))
+    (tmp_path / "a.png").write_bytes(png(noise(4, 4, 3)))
+    assert len(opened(tmp_path)) == 1
+
+
+def save_video(path, frames):
+    """MPEG-4 in AVI, as KTH's are, of grey frames [N, H, W]."""
+    av = pytest.importorskip("av")
+    with io.BytesIO() as file:
+        with av.open(file, "w", format="avi") as video:
+            stream = video.add_stream("mpeg4", rate=25)
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:], "yuv420p"
+            stream.bit_rate = 4_000_000
+            for frame in frames:
+                video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="gray").reformat(format="yuv420p")))
+            video.mux(stream.encode())
+        write(path, file.getvalue())
+
+
+def test_kth(place):
+    """Frames come in order, with the person as their class; values to what MPEG-4 leaves of them."""
+    levels = {"person03_handwaving_d4": [40, 90, 140], "person11_boxing_d1": [200, 60]}
+    for name, values in levels.items():
+        frames = np.stack([np.full((32, 48), value, np.uint8) for value in values])
+        save_video(f"{place}/kth/{name}_uncomp.avi", frames)
+    source = opened(f"{place}/kth")
+    copy = pickle.loads(pickle.dumps(source))
+    for each in (source, copy):
+        samples = [each[i] for i in (4, 0, 1, 2, 3)]
+        assert len(each) == 5 and each.num_classes == 2 and each.num_channels == 1
+        assert [sample.label for sample in samples] == [1, 0, 0, 0, 1]
+        assert all(sample.pixels.shape == (32, 48, 1) for sample in samples)
+        assert [sample.pixels.mean() for sample in samples] == pytest.approx([60, 40, 90, 140, 200], abs=4)
+    assert samples[3].name == "person03_handwaving_d4_uncomp.avi frame 2"
+    assert opened(f"{place}/kth", labels=False)[0].label is None
+
+
+def test_bad_kth(tmp_path, monkeypatch):
+    path = tmp_path / "person01_walking_d2_uncomp.avi"
+    save_video(path, noise(2, 32, 32))
+    whole = path.read_bytes()
+    for data in (b"", whole[:100], whole[:-10], b"x" * 1000, b"RIFF" + bytes(1000)):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"person01_walking_d2_uncomp\.avi cannot be read .*; download it again"):
+            opened(tmp_path)
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"pip install 'sivae\[video\]'"):
+        opened(tmp_path)
+
+
 # Arrays
 
 

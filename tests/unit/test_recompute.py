@@ -1,4 +1,4 @@
-"""Proves that activation checkpointing changes no gradient, by a bit, in either family, with random noise and bfloat16 too, and
+"""Proves that activation checkpointing changes no gradient, by a bit, in any family, with random noise and bfloat16 too, and
 at no ZeRO stage; that it takes the blocks it is told to; and that fewer activations are kept.
 
     python -m pytest tests/unit/test_recompute.py
@@ -21,6 +21,10 @@ MODELS = {
         "family": "style", "num_channels": 1, "resolution": 32, "base_channels": 4, "max_channels": 8, "latent_dim": 4,
         "num_mapping_layers": 2,
     },
+    "translation": {
+        "family": "translation", "num_channels": 1, "resolution": 32, "channels": [4, 8, 8], "group_size": 4, "latent_dim": 4,
+        "class_dim": 2, "style_dim": 8,
+    },
 }  # fmt: skip
 
 
@@ -35,7 +39,8 @@ def build(family, from_pixels=None):
 
 @pytest.mark.parametrize(
     "family, from_pixels, expected",
-    [("conv", 1, [4 - 1, 4]), ("conv", 16, [1, 2]), ("conv", 32, [0, 1]), ("style", 1, [4, 4]), ("style", 16, [2, 2]), ("style", 64, [0, 0])],
+    [("conv", 1, [4 - 1, 4]), ("conv", 16, [1, 2]), ("conv", 32, [0, 1]), ("style", 1, [4, 4]), ("style", 16, [2, 2]), ("style", 64, [0, 0]),
+     ("translation", 1, [6, 4]), ("translation", 16, [2, 2]), ("translation", 32, [0, 1])],
 )  # fmt: skip
 def test_blocks_are_taken_by_their_size(family, from_pixels, expected):
     networks, marked = build(family, from_pixels)
