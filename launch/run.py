@@ -259,11 +259,14 @@ class Attempt:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.config import LoggingConfig
 
+        from launch.group import Trainer
+
         try:
             # Ray Train notes some bookkeeping here; nothing of the run depends on it.
             with tempfile.TemporaryDirectory(prefix="sivae-ray-", ignore_cleanup_errors=True) as notes:
-                trainer = group_trainer(self.run.janitor)(
+                trainer = Trainer(
                     work,
+                    janitor=self.run.janitor,
                     train_loop_config={"board": self.board},
                     scaling_config=ScalingConfig(
                         num_workers=self.number, use_gpu=self.run.need.gpus > 0, resources_per_worker=self.run.need.resources,
@@ -336,19 +339,6 @@ def work(config: dict[str, Any]) -> dict[str, Any] | None:
     from launch import worker
 
     return worker.run(config)
-
-
-def group_trainer(janitor: bool) -> type:
-    """Ray Train's TorchTrainer, with or without its janitor. Without: the places go when the driver leaves the cluster."""
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-
-    class Trainer(TorchTrainer):
-        def _create_default_callbacks(self):
-            callbacks = super()._create_default_callbacks()
-            return [one for one in callbacks if janitor or not isinstance(one, PlacementGroupCleanerCallback)]
-
-    return Trainer
 
 
 def placement_table(joined: dict[int, dict[str, Any]]) -> str:
