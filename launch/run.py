@@ -22,6 +22,7 @@ from sivae.config import Config, ConfigError
 from sivae.errors import UserError
 
 WATCH_SEC = 0.3
+FREE_SEC = 5.0  # how long the places of a group that has just ended may still count as taken
 SETTLE_SEC = 20.0  # how long to wait for the number of workers there was before, before going on with fewer
 GROW_PATIENCE = 2  # looks in a row that must find room for more workers
 
@@ -150,13 +151,14 @@ class Run:
         the fewest in time.
         """
         with self.demand(self.sizes[0]) as demand:
-            return self._wait(before or self.most, demand)
+            patience = max(self.limits.wait_sec, FREE_SEC if before else 0.0)
+            return self._wait(before or self.most, patience, demand)
 
     @property
     def most(self) -> int:
         return self.sizes[-1] if self.ever is None else max(number for number in self.sizes if number <= self.ever)
 
-    def _wait(self, before: int, demand: cluster.Demand) -> int | None:
+    def _wait(self, before: int, patience: float, demand: cluster.Demand) -> int | None:
         start, told = time.monotonic(), False
         while True:
             if demand.met():
@@ -166,13 +168,13 @@ class Run:
             free, total = (self.need.most([getattr(node, name) for node in found]) for name in ("free", "total"))
             fits = [number for number in self.sizes if number <= free]
             waited = time.monotonic() - start
-            if fits and (fits[-1] >= before or waited >= min(SETTLE_SEC, self.limits.wait_sec)):
+            if fits and (fits[-1] >= before or waited >= min(SETTLE_SEC, patience)):
                 return fits[-1]
             if not fits:
                 demand.open()
             if self._stop.is_set():
                 return None
-            if not fits and waited >= self.limits.wait_sec:
+            if not fits and waited >= patience:
                 rooms = ", ".join(f"{node.name}: {node.total}" for node in found) or "no node"
                 busy = f", of which {total - free} in use" if total - free else ""
                 how = "" if self.need.placement in ("pack", "spread") else f" under --placement {self.need.placement}"
@@ -183,7 +185,7 @@ class Run:
             if not told and waited > 3.0:
                 told = True
                 self.say(
-                    f"waiting up to {self.limits.wait_sec:g} seconds for room for {self.sizes[0]} workers, there is room for {free}"
+                    f"waiting up to {patience:g} seconds for room for {self.sizes[0]} workers, there is room for {free}"
                 )
             self._stop.wait(0.5)
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,17 +78,26 @@ def raylets(kept):
 
 @pytest.fixture(scope="session")
 def head(tmp_path_factory):
-    """A head on loopback with two CPU slots, as a user starts it: the port it listens on and the URL of its dashboard."""
+    """A head with two CPU slots and a dashboard, for all tests that leave it as it is."""
+    with ray_head(tmp_path_factory, "--num-cpus=2", "--num-gpus=0") as found:
+        yield found
+
+
+@contextmanager
+def ray_head(tmp_path_factory, *options: str, **variables: str):
+    """`ray start --head` on loopback, as a user starts it: where it listens, and the URL of its dashboard."""
     port, dashboard = free_port(), free_port()
     command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0",
-        f"--port={port}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *options, f"--port={port}",
+        "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={tmp_path_factory.mktemp('r')}", "--disable-usage-stats",
     ]  # fmt: skip
     log = tmp_path_factory.mktemp("log") / "head.log"
     with open(log, "wb") as file:
-        variables = environment() | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-        process = subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+        path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+        process = subprocess.Popen(
+            command, env=environment() | {"PATH": path} | variables, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT
+        )
     try:
         for _ in range(600):
             try:
