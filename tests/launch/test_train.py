@@ -101,7 +101,7 @@ def test_lost_node_that_is_replaced(start, small, undisturbed, tmp_path, raylets
 
 
 def test_elastic_goes_on_with_fewer_and_grows_again(start, small, undisturbed, tmp_path, raylets):
-    cluster, run, total = raylets(2), tmp_path / "run", 4 * TOTAL_IMAGES
+    cluster, run, total = raylets(2), tmp_path / "run", 3 * TOTAL_IMAGES
     arguments = small(run, total=total) + ["--workers", "1:3", "--grow-every", "0.5", "--wait", "2"]
     process = start(MODULE, [*arguments, "--address", cluster.address])
     process.until(lambda: newest_images(run) >= 480, "480 images")
