@@ -27,10 +27,17 @@ requeue() {
     exit 75
 }
 
-# wait_and_requeue PID COMMAND [AFTER]: wait for the run; on the signal let COMMAND ask it to save; when it has ended run AFTER;
-# then requeue, or end with its code.
+# end_steps: Ray would take its time to end, and Slurm half a minute of patience (KillWait).
+end_steps() {
+    local step
+    for step in $(squeue --steps --noheader --job="$SLURM_JOB_ID" --format=%i); do
+        if [[ $step =~ \.[0-9]+$ ]]; then scancel --signal=KILL "$step"; fi
+    done
+}
+
+# wait_and_requeue PID COMMAND: wait for the run; on the signal let COMMAND ask it to save; then requeue, or end with its code.
 wait_and_requeue() {
-    local pid=$1 command=$2 after=${3:-:} code=0 asked=0
+    local pid=$1 command=$2 code=0 asked=0
     # shellcheck disable=SC2064 # the command is the one of now
     trap "asked=1; echo 'sivae: signalled, saving a checkpoint'; $command || true" USR1 TERM
     while :; do
@@ -40,7 +47,7 @@ wait_and_requeue() {
         kill -0 "$pid" 2>/dev/null || break
     done
     trap '' USR1 TERM
-    $after || true
+    end_steps || true
     if ((code == 75)) || [[ -e $SIVAE_STOPPED ]]; then
         rm -f "$SIVAE_STOPPED"
         if ((${SLURM_RESTART_COUNT:-0} >= ${SIVAE_MAX_REQUEUES:-100})); then
