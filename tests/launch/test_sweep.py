@@ -159,7 +159,7 @@ def test_interrupted_twice_it_goes_on_with_the_same_trials(start, spec_file, tmp
     # Another spec in the same directory is refused, the same one has nothing left to do.
     other = json.loads(json.dumps(yaml.safe_load(open(path)))) | {"seed": 6}
     open(path, "w").write(yaml.safe_dump(other))
-    assert "holds another sweep (seed differ)" in refused(start(MODULE, [path]), MODULE)
+    assert "holds another sweep (seed differs)" in refused(start(MODULE, [path]), MODULE)
 
 
 def _by_hand(path: str, values: dict, tmp_path) -> list[str]:
