@@ -28,6 +28,7 @@ def prepare_environment() -> None:
     """What Ray reads when it is imported or started; the caller's own values stay. Nothing is sent to the makers of Ray."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process; launch/run.py looks itself
     # After a fault the survivors' process group is not left in order: the processes end anyway.
     os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "1")
 
@@ -91,6 +92,8 @@ def wrong_token(address: str) -> UserError:
 def _start_local(env_vars: dict[str, str] | None, dashboard: bool) -> None:
     # Ray's own switch for machines that form no cluster: every port of it is on 127.0.0.1 then.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # Processes started in advance are of no use: those of a run have variables of their own.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "false")
     # Without one Ray writes a token into the home directory.
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

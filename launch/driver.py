@@ -49,8 +49,8 @@ def drive(arguments: list[str]) -> int:
     if ":" in options.workers:
         rest = [n for n in parse_workers(options.workers) if n not in numbers]
         say(
-            f"elastic: {', '.join(map(str, numbers))} workers divide the global batch of {settings.schedule.batch_size}"
-            + (f" ({', '.join(map(str, rest))} do not)" if rest else "") + ", which stays the same"
+            f"elastic: {', '.join(map(str, numbers))} workers share the global batch of {settings.schedule.batch_size}"
+            + (f" ({', '.join(map(str, rest))} cannot)" if rest else "") + ", which stays the same"
         )  # fmt: skip
     cluster.connect(options.address, train.environment(options.env), wait_sec=options.wait if failures else 0.0)
     gpus = settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus())

@@ -1,7 +1,7 @@
 """A run over the workers of a cluster, attempt after attempt: start, watch, recover, grow, stop.
 
 Each attempt is a Ray Train group of a fixed number of workers, without retries of its own. What comes after it is decided here,
-because three things that Ray cannot know decide it: which numbers of workers divide the global batch, which errors another
+because three things that Ray cannot know decide it: which numbers of workers can share the global batch, which errors another
 attempt cannot mend, and that a checkpoint is saved before the group changes its size. The run's own checkpoints carry it over.
 """
 
@@ -22,6 +22,7 @@ from sivae.config import Config, ConfigError
 from sivae.errors import UserError
 
 WATCH_SEC = 0.3
+FREE_SEC = 5.0  # how long the places of a group that has just ended may still count as taken
 SETTLE_SEC = 20.0  # how long to wait for the number of workers there was before, before going on with fewer
 GROW_PATIENCE = 2  # looks in a row that must find room for more workers
 
@@ -58,7 +59,7 @@ def parse_workers(text: str) -> range:
 
 
 def sizes(settings: Config, workers: range) -> list[int]:
-    """The numbers of workers that divide the global batch. Raises ConfigError with the reason when none does."""
+    """The numbers of workers that can share the global batch. Raises ConfigError with the reason when none does."""
     good, reason = [], None
     for number in workers:
         try:
@@ -70,7 +71,7 @@ def sizes(settings: Config, workers: range) -> list[int]:
         if len(workers) == 1:
             raise reason
         raise ConfigError(
-            f"--workers: none of {workers[0]} to {workers[-1]} workers divides the global batch"
+            f"--workers: none of {workers[0]} to {workers[-1]} workers can share the global batch"
             f" (schedule.batch_size={settings.schedule.batch_size},"
             f" engine.micro_batch_size={settings.engine.micro_batch_size}): {reason}"
         )
@@ -150,13 +151,14 @@ class Run:
         the fewest in time.
         """
         with self.demand(self.sizes[0]) as demand:
-            return self._wait(before or self.most, demand)
+            patience = max(self.limits.wait_sec, FREE_SEC if before else 0.0)
+            return self._wait(before or self.most, patience, demand)
 
     @property
     def most(self) -> int:
         return self.sizes[-1] if self.ever is None else max(number for number in self.sizes if number <= self.ever)
 
-    def _wait(self, before: int, demand: cluster.Demand) -> int | None:
+    def _wait(self, before: int, patience: float, demand: cluster.Demand) -> int | None:
         start, told = time.monotonic(), False
         while True:
             if demand.met():
@@ -166,13 +168,13 @@ class Run:
             free, total = (self.need.most([getattr(node, name) for node in found]) for name in ("free", "total"))
             fits = [number for number in self.sizes if number <= free]
             waited = time.monotonic() - start
-            if fits and (fits[-1] >= before or waited >= min(SETTLE_SEC, self.limits.wait_sec)):
+            if fits and (fits[-1] >= before or waited >= min(SETTLE_SEC, patience)):
                 return fits[-1]
             if not fits:
                 demand.open()
             if self._stop.is_set():
                 return None
-            if not fits and waited >= self.limits.wait_sec:
+            if not fits and waited >= patience:
                 rooms = ", ".join(f"{node.name}: {node.total}" for node in found) or "no node"
                 busy = f", of which {total - free} in use" if total - free else ""
                 how = "" if self.need.placement in ("pack", "spread") else f" under --placement {self.need.placement}"
@@ -183,7 +185,7 @@ class Run:
             if not told and waited > 3.0:
                 told = True
                 self.say(
-                    f"waiting up to {self.limits.wait_sec:g} seconds for room for {self.sizes[0]} workers, there is room for {free}"
+                    f"waiting up to {patience:g} seconds for room for {self.sizes[0]} workers, there is room for {free}"
                 )
             self._stop.wait(0.5)
 
@@ -259,11 +261,14 @@ class Attempt:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.config import LoggingConfig
 
+        from launch.group import Trainer
+
         try:
             # Ray Train notes some bookkeeping here; nothing of the run depends on it.
             with tempfile.TemporaryDirectory(prefix="sivae-ray-", ignore_cleanup_errors=True) as notes:
-                trainer = group_trainer(self.run.janitor)(
+                trainer = Trainer(
                     work,
+                    janitor=self.run.janitor,
                     train_loop_config={"board": self.board},
                     scaling_config=ScalingConfig(
                         num_workers=self.number, use_gpu=self.run.need.gpus > 0, resources_per_worker=self.run.need.resources,
@@ -336,19 +341,6 @@ def work(config: dict[str, Any]) -> dict[str, Any] | None:
     from launch import worker
 
     return worker.run(config)
-
-
-def group_trainer(janitor: bool) -> type:
-    """Ray Train's TorchTrainer, with or without its janitor. Without: the places go when the driver leaves the cluster."""
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-
-    class Trainer(TorchTrainer):
-        def _create_default_callbacks(self):
-            callbacks = super()._create_default_callbacks()
-            return [one for one in callbacks if janitor or not isinstance(one, PlacementGroupCleanerCallback)]
-
-    return Trainer
 
 
 def placement_table(joined: dict[int, dict[str, Any]]) -> str:

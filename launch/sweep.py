@@ -107,7 +107,7 @@ def remember(folder: Folder, spec: Spec) -> None:
         now = spec.model_dump(mode="json")
         different = [key for key in now if before.get(key) != now[key]]
         raise UserError(
-            f"directory: {folder.url} holds another sweep ({', '.join(different)} differ); set another directory, or"
+            f"directory: {folder.url} holds another sweep ({', '.join(different)} {'differs' if len(different) == 1 else 'differ'}); set another directory, or"
             " undo the change to go on with that one"
         )
     folder.write(text.encode(), SPEC_FILE)

@@ -153,7 +153,7 @@ def draw(spec: Spec, folder: Folder, ranked: list[Trial]) -> list[str]:
     values = [
         e["metrics"][spec.metric] for trial in ranked for e in trial.history if math.isfinite(e["metrics"][spec.metric])
     ]
-    if values and min(values) > 0 and max(values) > 20 * min(values):
+    if values and min(values) > 0 and max(values) > 5 * min(values):
         axes.set_yscale("log")
     axes.set_xlabel("images seen")
     axes.set_ylabel(f"{spec.metric} ({'lower' if spec.mode == 'min' else 'higher'} is better)")

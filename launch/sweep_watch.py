@@ -8,6 +8,7 @@ from typing import Any
 
 from ray import tune
 from ray.tune import Stopper
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from launch.sweep_spec import Spec
@@ -32,7 +33,7 @@ class Watch(tune.Callback):
         return self.numbers.setdefault(trial.trial_id, len(self.numbers) + 1)
 
     def on_trial_start(self, iteration, trials, trial, **info):
-        for one in trials:
+        for one in sorted(trials, key=lambda other: other.trial_id):  # the same after an interruption
             self.number(one)
         say(f"trial {self.number(trial)} ({trial.trial_id}) starts: {shown(trial.config['point'])}")
 
@@ -65,16 +66,37 @@ class Stop(Stopper):
 
 
 class Exchange(PopulationBasedTraining):
-    """Ray's, without an exchange after the last report, which nobody would train on from."""
+    """Ray's, without an exchange after the last report, which nobody would train on from, and with its place in the sweep found
+    again after an interruption, which Ray forgets: it would exchange at the next report, whenever that comes."""
 
     def __init__(self, *arguments, last_round: int, **options):
         super().__init__(*arguments, **options)
         self.last_round = last_round
+        self.caught_up = False
 
     def on_trial_result(self, controller, trial, result):
         if result["rounds"] >= self.last_round:
             return TrialScheduler.CONTINUE
         return super().on_trial_result(controller, trial, result)
+
+    def choose_trial_to_run(self, controller):
+        if not self.caught_up:
+            self._catch_up(controller)
+            self.caught_up = True
+        return super().choose_trial_to_run(controller)
+
+    def _catch_up(self, controller) -> None:
+        """The exchange that comes next is the first that not all trials have come to; who has waits there."""
+        rounds = {trial: trial.last_result.get("rounds", 0) for trial in controller.get_live_trials()}
+        interval = self._perturbation_interval
+        self._next_perturbation_sync = (min(rounds.values(), default=0) // interval + 1) * interval
+        for trial, seen in rounds.items():
+            state = self._trial_state[trial]
+            state.last_perturbation_time = self._next_perturbation_sync - interval
+            if seen:
+                self._save_trial_state(state, seen, trial.last_result, trial)
+            if seen >= self._next_perturbation_sync:
+                controller._set_trial_status(trial, Trial.PAUSED)
 
 
 def shown(values: dict[str, Any]) -> str:

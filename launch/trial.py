@@ -74,7 +74,8 @@ class Trial:
         outcome = Run(
             self.settings, [self.spec.workers], need, Limits(wait_sec=600.0, max_failures=self.spec.max_failures),
             say=lambda text: print(text, flush=True), on_report=self._report, cache_dir=self.cache_dir, lockstep=True, janitor=True,
-            failures=0, newest=names[-1] if names else None, restarted=pointer is not None,
+            newest=names[-1] if names else None,
+            restarted=True,  # by a sweep that was killed, perhaps, whose workers may live a little longer
         ).go()  # fmt: skip
         if self.told is None or outcome.interrupted:
             raise self._no_metric()

@@ -16,6 +16,7 @@ import torch
 from sivae.config import Config
 from sivae.data import pyramid_level
 from sivae.data.index import Index, NoIndex
+from sivae.data.sources import DRAWN
 from sivae.errors import UserError, shown
 from sivae.step_trace import Trace, build_networks, trace_step
 from sivae.storage import Folder
@@ -145,8 +146,8 @@ def mean_sample_bytes(settings: Config, resolution: int) -> tuple[float, str | N
     """
     data, model = settings.data, settings.model
     try:
-        if data.url == "digits:":
-            raise UserError("digits: is packed on first use")
+        if data.url in DRAWN:
+            raise UserError(f"{data.url} is packed on first use")
         reading = {"timeout_sec": min(REACH_SEC, data.timeout_sec), "retries": 0}
         try:
             index = Index.load(Folder(data.url, data.storage_options, **reading))
@@ -155,7 +156,7 @@ def mean_sample_bytes(settings: Config, resolution: int) -> tuple[float, str | N
             index = Index.load(Folder(level, data.storage_options, **reading))
         return float(index.split(data.split).size.mean()), None
     except UserError as error:
-        reason = str(error) if data.url == "digits:" else f"the index of data.url={shown(data.url)} cannot be read"
+        reason = str(error) if data.url in DRAWN else f"the index of data.url={shown(data.url)} cannot be read"
         return (
             BYTES_PER_VALUE * model.num_channels * resolution**2,
             f"images have {BYTES_PER_VALUE} bytes a value, as FFHQ's PNG; {reason}",

@@ -18,6 +18,23 @@ address_of() {
     srun --nodes=1 --ntasks=1 --nodelist="$1" --overlap hostname -I | awk '{print $1}'
 }
 
+# requeue: put the job back into the queue. Slurm ends this script by SIGTERM then; to a script that does not heed it, after KillWait.
+requeue() {
+    trap 'exit 75' TERM
+    (trap '' TERM && scontrol requeue "$SLURM_JOB_ID")
+    sleep 60 &
+    wait $!
+    exit 75
+}
+
+# end_steps: Ray would take its time to end, and Slurm half a minute of patience (KillWait).
+end_steps() {
+    local step
+    for step in $(squeue --steps --noheader --job="$SLURM_JOB_ID" --format=%i); do
+        if [[ $step =~ \.[0-9]+$ ]]; then scancel --signal=KILL "$step"; fi
+    done
+}
+
 # wait_and_requeue PID COMMAND: wait for the run; on the signal let COMMAND ask it to save; then requeue, or end with its code.
 wait_and_requeue() {
     local pid=$1 command=$2 code=0 asked=0
@@ -30,6 +47,7 @@ wait_and_requeue() {
         kill -0 "$pid" 2>/dev/null || break
     done
     trap '' USR1 TERM
+    end_steps || true
     if ((code == 75)) || [[ -e $SIVAE_STOPPED ]]; then
         rm -f "$SIVAE_STOPPED"
         if ((${SLURM_RESTART_COUNT:-0} >= ${SIVAE_MAX_REQUEUES:-100})); then
@@ -37,14 +55,11 @@ wait_and_requeue() {
             exit 75
         fi
         echo "sivae: stopped with a checkpoint saved; back into the queue"
-        scontrol requeue "$SLURM_JOB_ID"
-        sleep 60 # Slurm ends this script
-        exit 75
+        requeue
     fi
     if ((code != 0 && asked)); then
         echo "sivae: ended with code $code before a checkpoint could be saved; back into the queue, on from the last one" >&2
-        scontrol requeue "$SLURM_JOB_ID"
-        sleep 60
+        requeue
     fi
     exit "$code"
 }

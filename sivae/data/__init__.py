@@ -18,13 +18,15 @@ def open_stream(
     """The stream of a packed set, of one level of a pyramid, or of `digits:` or `shapes:`, which are packed on first use.
 
     url: a local folder or fsspec URL that holds an index.json, or a folder of them for each resolution (`sivae pack
-    --pyramid`), or `digits:` or `shapes:`, packed at `resolution` into cache_dir/digits-{resolution}. shrunk_from: read a set that is
-    no pyramid at this resolution instead, for a caller who shrinks the images. cache_dir: None means $SIVAE_CACHE, else ~/.cache/sivae. cache_bytes: of remote shards, kept in cache_dir/blocks for all processes of the
-    node; 0 keeps none. progress: show a bar while packing. The other settings are ImageStream's. Raises UserError
-    where it does.
+    --pyramid`), or `digits:` or `shapes:`, packed at `resolution` into cache_dir/digits-{resolution}. shrunk_from: read a
+    set that is no pyramid at this resolution instead, for a caller who shrinks the images. cache_dir: None means
+    $SIVAE_CACHE, else ~/.cache/sivae. cache_bytes: of remote shards, kept in cache_dir/blocks for all processes of the node;
+    0 keeps none. progress: show a bar while packing. The other settings are ImageStream's. Raises UserError where it does.
     """
+    from sivae.data.sources import DRAWN  # sources read packed sets too
+
     cache_dir = cache_dir or os.environ.get("SIVAE_CACHE") or "~/.cache/sivae"
-    if url in ("digits:", "shapes:"):
+    if url in DRAWN:
         from sivae.data.pack import pack_once  # webdataset takes a second to import
 
         if resolution is None:

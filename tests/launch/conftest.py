@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -22,7 +24,7 @@ from tests.processes import ROOT, environment, run_sivae
 if importlib.util.find_spec("ray") is None:
     collect_ignore_glob = ["test_*.py"]  # needs the extra sivae[cluster]
 
-TOTAL_IMAGES, EVERY_IMAGES = 2880, 96
+TOTAL_IMAGES, EVERY_IMAGES = 1440, 96
 LIMIT_SEC = 180
 MARK = "SIVAE_TEST_MARK"
 RAY_ENVIRONMENT = {
@@ -34,6 +36,9 @@ RAY_ENVIRONMENT = {
     "RAY_health_check_initial_delay_ms": "500",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_failure_threshold": "3",
+    # A lost head is noticed after 3 seconds instead of 60.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "3",
+    "RAY_prestart_worker_first_driver": "false",
 }
 
 # Before the first import of Ray, which reads them then.
@@ -41,35 +46,85 @@ os.environ |= RAY_ENVIRONMENT
 os.environ.pop("RAY_ADDRESS", None)
 
 
-def pytest_collection_modifyitems(items):
-    """A test that starts a Ray or a Slurm takes minutes; one of them, the equality with torchrun, is run always."""
-    for item in items:
-        starts = {"start", "make_cluster", "slurm"} & set(getattr(item, "fixturenames", ()))
-        if Path(__file__).parent in item.path.parents and starts and "bits_of_torchrun" not in item.name:
-            item.add_marker(pytest.mark.slow)
+@pytest.fixture(scope="session")
+def kept():
+    """The cluster that one test leaves to the next, if there is one."""
+    clusters = []
+    yield clusters
+    for cluster in clusters:
+        cluster.shutdown()
 
 
 @pytest.fixture
-def make_cluster():
-    """`make_cluster(1, 1)`: a head and another raylet on this machine, with so many CPU slots each."""
+def raylets(kept):
+    """`raylets(2)`: a cluster of so many raylets on this machine, with one CPU slot each; the first is the head."""
     from ray.cluster_utils import Cluster
 
-    made = []
-
-    def make(head_cpus: int, *others: int) -> Cluster:
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "include_dashboard": False})
-        made.append(cluster)
-        cluster.others = [cluster.add_node(num_cpus=cpus) for cpus in others]
+    def make(count: int) -> Cluster:
+        if kept and "gcs_server" not in dict(kept[0].head_node.live_processes()):
+            kept.pop().shutdown()
+        if not kept:
+            kept.append(Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}))
+        (cluster,) = kept
+        others = list(cluster.worker_nodes)
+        for node in others[count - 1 :]:
+            cluster.remove_node(node)
+        for _ in range(count - 1 - len(others)):
+            cluster.add_node(num_cpus=1)
         return cluster
 
-    yield make
-    for cluster in made:
-        cluster.shutdown()
+    return make
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory):
+    """A head with two CPU slots and a dashboard, for all tests that leave it as it is."""
+    with ray_head(tmp_path_factory, "--num-cpus=2", "--num-gpus=0") as found:
+        yield found
+
+
+@contextmanager
+def ray_head(tmp_path_factory, *options: str, port: int | None = None, **variables: str):
+    """`ray start --head` on loopback, as a user starts it: where it listens, and the URL of its dashboard."""
+    port, dashboard = port or free_port(), free_port()
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *options, f"--port={port}",
+        "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={tmp_path_factory.mktemp('r')}", "--disable-usage-stats",
+    ]  # fmt: skip
+    log = tmp_path_factory.mktemp("log") / "head.log"
+    with open(log, "wb") as file:
+        path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+        process = subprocess.Popen(
+            command, env=environment() | {"PATH": path} | variables, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT
+        )
+    try:
+        for _ in range(600):
+            try:
+                socket.create_connection(("127.0.0.1", dashboard), timeout=0.1).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.1)
+        yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
+    finally:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:  # in order it would take half a minute
+            try:
+                member.kill()
+            except psutil.NoSuchProcess:
+                continue
+        process.wait(timeout=60)
+
+
+class Head(NamedTuple):
+    address: str
+    url: str
 
 
 @pytest.fixture(scope="session")
 def small(cache_dir):
-    """Arguments of a small run on digits, seconds long, thirty checkpoints. The learning rate is so low that rounding, which
+    """Arguments of a small run on digits, seconds long, fifteen checkpoints. The learning rate is so low that rounding, which
     through Adam grows to about one step's length in the weights, stays below 1e-5 when the number of ranks changes; after a
     lost Adam moment ten steps would differ."""
 
@@ -88,7 +143,7 @@ def small(cache_dir):
 def undisturbed(small, tmp_path_factory):
     """`undisturbed(images)`: what torchrun has on two ranks after so many images, with nothing in its way."""
     folder = tmp_path_factory.mktemp("torchrun")
-    done = run_sivae(["train", *small(folder, "run.keep_checkpoints=99", total=2 * TOTAL_IMAGES)], ranks=2)
+    done = run_sivae(["train", *small(folder, "run.keep_checkpoints=99", total=3 * TOTAL_IMAGES)], ranks=2)
     assert done.returncode == 0, done.stderr
     return lambda images=TOTAL_IMAGES: read_tensors(folder / "checkpoints" / f"{images:012d}")
 

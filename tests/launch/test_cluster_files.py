@@ -178,7 +178,7 @@ def known_config(arguments: list[str]) -> list[str]:
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_commands_are_accepted(path, monkeypatch):
     """Every launch.train, launch.submit and launch.sweep that a file names: its options exist, its settings are valid, and all
-    its numbers of workers divide the batch."""
+    its numbers of workers can share the batch."""
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     text = path.read_text()

@@ -4,53 +4,21 @@ pytest tests/launch/test_submit.py
 """
 
 import fnmatch
-import os
 import re
-import socket
 import subprocess
-import sys
-import time
 
-import psutil
 import pytest
 
-from tests.launch.conftest import EVERY_IMAGES, RAY_ENVIRONMENT, free_port, newest_images, refused, tensors
-from tests.processes import ROOT, environment
+from tests.launch.conftest import EVERY_IMAGES, RAY_ENVIRONMENT, newest_images, refused, tensors
+from tests.processes import ROOT
 
 MODULE = "launch.submit"
 TOKEN = RAY_ENVIRONMENT["RAY_AUTH_TOKEN"]
 
 
-@pytest.fixture(scope="module")
-def dashboard(tmp_path_factory):
-    """The URL of a head on loopback with two CPU slots, as a user starts it."""
-    port = free_port()
-    command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0",
-        f"--port={free_port()}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
-        f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={tmp_path_factory.mktemp('r')}", "--disable-usage-stats",
-    ]  # fmt: skip
-    log = tmp_path_factory.mktemp("log") / "head.log"
-    with open(log, "wb") as file:
-        variables = environment() | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-        head = subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
-    try:
-        for _ in range(600):
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=0.1).close()
-                break
-            except OSError:
-                assert head.poll() is None, log.read_text()
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-        for process in family:  # in order it would take half a minute
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        head.wait(timeout=60)
+@pytest.fixture
+def dashboard(head) -> str:
+    return head.url
 
 
 def job_id(text: str) -> str:
@@ -126,7 +94,7 @@ def test_wrong_token(start, small, dashboard, tmp_path):
             ["configs/digits.yaml", "run.directory=/tmp/x", "schedule.batchsize=2"],
             ["schedule.batchsize", "unknown setting"],
         ),
-        (["configs/digits.yaml", "run.directory=/tmp/x", "--workers", "3"], ["do not divide over 3"]),
+        (["configs/digits.yaml", "run.directory=/tmp/x", "--workers", "17"], ["too few for 17 ranks"]),
         (
             ["configs/digits.yaml", "run.directory=/tmp/x", "run.storage_options={key: hidden}"],
             ["run.storage_options", "--env"],

@@ -6,7 +6,6 @@ pytest tests/launch/test_sweep.py
 import hashlib
 import json
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -49,8 +48,8 @@ def trials(tmp_path) -> list:
 
 
 def test_asha_stops_bad_trials_and_the_best_trains(start, spec_file, tmp_path, nothing_left):
-    """Two learning rates that learn and two that do not, walked as a grid."""
-    rates = [1e-3, 8e-4, 1e-9, 1e-8]
+    """Two learning rates that learn and one that does not, walked as a grid, two at a time."""
+    rates = [1e-3, 8e-4, 1e-9]
     path = spec_file({"encoder_optimizer.lr,decoder_optimizer.lr": {"grid": rates}}, search="grid", scheduler="asha",
                      asha={"grace_rounds": 1, "reduction_factor": 2.0})  # fmt: skip
     process = start(MODULE, [path])
@@ -58,8 +57,8 @@ def test_asha_stops_bad_trials_and_the_best_trains(start, spec_file, tmp_path, n
     found = {trial.values["encoder_optimizer.lr,decoder_optimizer.lr"]: trial for trial in trials(tmp_path)}
     assert set(found) == set(rates)
     assert found[1e-3].images_seen == 640, "a good trial runs to its end"
-    assert all(found[rate].images_seen < 640 for rate in (1e-9, 1e-8)), "bad trials do not"
-    assert max(found[rate].last("frechet_pixels") for rate in (1e-3, 8e-4)) < min(found[rate].last("frechet_pixels") for rate in (1e-9, 1e-8))  # fmt: skip
+    assert found[1e-9].images_seen < 640, "a bad trial does not"
+    assert max(found[rate].last("frechet_pixels") for rate in (1e-3, 8e-4)) < found[1e-9].last("frechet_pixels")
     sweep = tmp_path / "sweep"
     best = config.load(str(sweep / "best.yaml"))
     assert best.encoder_optimizer.lr == best.decoder_optimizer.lr in (1e-3, 8e-4)
@@ -70,11 +69,11 @@ def test_asha_stops_bad_trials_and_the_best_trains(start, spec_file, tmp_path, n
         ["train", str(sweep / "best.yaml"), f"run.directory={tmp_path / 'run'}", "schedule.total_images=96"]
     )
     assert done.returncode == 0, done.stderr
-    assert (sweep / "table.md").read_text().count("\n| ") == 5 and "stopped early" in process.text
+    assert (sweep / "table.md").read_text().count("\n| ") == 4 and "stopped early" in process.text
     for name in ("metric.png", "parallel.png"):
         picture = np.asarray(Image.open(sweep / name).convert("L"))
         assert picture.shape[0] > 400 and picture.std() > 5, f"{name} is empty"
-    check_hparams(sweep / "tensorboard", trials=4)
+    check_hparams(sweep / "tensorboard", trials=3)
 
 
 def check_hparams(folder, trials: int) -> None:
@@ -92,12 +91,19 @@ def check_hparams(folder, trials: int) -> None:
         assert "encoder_optimizer.lr,decoder_optimizer.lr" in data.session_start_info.hparams
 
 
-def test_pbt_goes_on_from_the_better_trials_state(start, spec_file, tmp_path, nothing_left):
-    """The worse of two takes the better one's weights and optimizer states (by hash), and trains on from exactly those."""
+def test_pbt_goes_on_from_the_better_trials_state(start, spec_file, head, tmp_path, nothing_left):
+    """The worse of two takes the better one's weights and optimizer states (by hash), and trains on from exactly those. A SIGKILL
+    when the first of them has come to the exchange changes nothing of that."""
     path = spec_file({"encoder_optimizer.lr,decoder_optimizer.lr": {"loguniform": [1e-4, 2e-3]}}, "run.keep_checkpoints=9", search="pbt",
                      trials=2, pbt={"every_rounds": 2, "quantile": 0.5})  # fmt: skip
-    process = start(MODULE, [path])
+    process = start(MODULE, [path, "--address", head.address])
+    process.until(lambda: " at 320 images" in process.text, "a trial at the exchange", timeout=300)
+    process.popen.kill()
+    process.popen.wait()
+    process = start(MODULE, [path, "--address", head.address])
     assert process.wait(300) == 0, process.text
+    assert "going on with the sweep" in process.text
+    assert all([entry["rounds"] for entry in trial.history] == [1, 2, 3, 4] for trial in trials(tmp_path))
     heirs = [trial for trial in trials(tmp_path) if trial.lineage]
     assert len(heirs) == 1 and len(heirs[0].lineage) == 1, "one exchange, none after the end"
     heir, step = heirs[0], heirs[0].lineage[0]
@@ -126,34 +132,34 @@ def test_pbt_goes_on_from_the_better_trials_state(start, spec_file, tmp_path, no
 def test_interrupted_twice_it_goes_on_with_the_same_trials(start, spec_file, tmp_path, nothing_left):
     """SIGINT in mid-trial, SIGKILL in mid-trial, then to the end: the trials are those of the spec, their weights those of runs
     that nobody disturbed."""
-    path = spec_file({"objective.beta_kl": {"loguniform": [0.1, 1.0]}}, search="random", trials=2, total=1600, seed=5)
+    path = spec_file({"objective.beta_kl": {"loguniform": [0.1, 1.0]}}, search="random", trials=2, total=960, seed=5)
     expected = [values["objective.beta_kl"] for values in sweep_spec.load(path).draw()]
     process = start(MODULE, [path])
-    process.until(lambda: " at 480 images" in process.text, "480 images", timeout=240)
+    process.until(lambda: " at 160 images" in process.text, "a report", timeout=240)
     process.popen.send_signal(signal.SIGINT)
     assert process.wait() == 75, process.text
     assert "run the same command to go on" in process.text and "Traceback" not in process.text
     names = {trial.name for trial in trials(tmp_path)}
     process = start(MODULE, [path])
-    process.until(lambda: process.text.count(" images: frechet_pixels") >= 3, "three reports", timeout=240)
+    process.until(lambda: process.text.count(" images: frechet_pixels") >= 2, "two reports", timeout=240)
     assert "going on with the sweep" in process.text
     process.popen.kill()
     process.popen.wait()
-    time.sleep(2)
+    assert min(trial.images_seen for trial in trials(tmp_path)) < 960, "it was to happen in mid-trial"
     process = start(MODULE, [path])
     assert process.wait(300) == 0, process.text
     found = trials(tmp_path)
     assert names <= {trial.name for trial in found} and len(found) == 2
     assert sorted(trial.values["objective.beta_kl"] for trial in found) == sorted(expected)
-    assert all([entry["rounds"] for entry in trial.history] == list(range(1, 11)) for trial in found)
+    assert all([entry["rounds"] for entry in trial.history] == list(range(1, 7)) for trial in found)
     disturbed = next(trial for trial in found if trial.name in names)
     done = run_sivae(["train", *_by_hand(path, disturbed.values, tmp_path)])
     assert done.returncode == 0, done.stderr
-    assert_equal(tensors(tmp_path / "sweep" / "trials" / disturbed.name, 1600), tensors(tmp_path / "alone", 1600))
+    assert_equal(tensors(tmp_path / "sweep" / "trials" / disturbed.name, 960), tensors(tmp_path / "alone", 960))
     # Another spec in the same directory is refused, the same one has nothing left to do.
     other = json.loads(json.dumps(yaml.safe_load(open(path)))) | {"seed": 6}
     open(path, "w").write(yaml.safe_dump(other))
-    assert "holds another sweep (seed differ)" in refused(start(MODULE, [path]), MODULE)
+    assert "holds another sweep (seed differs)" in refused(start(MODULE, [path]), MODULE)
 
 
 def _by_hand(path: str, values: dict, tmp_path) -> list[str]:
@@ -162,21 +168,20 @@ def _by_hand(path: str, values: dict, tmp_path) -> list[str]:
     return [str(tmp_path / "alone.yaml")]
 
 
-def test_optuna_on_a_metric_of_the_trainer(start, spec_file, tmp_path, nothing_left):
+def test_optuna_on_a_metric_of_the_trainer(start, spec_file, head, tmp_path, nothing_left):
     space = {"objective.beta_kl": {"loguniform": [0.1, 1.0]}, "model.norm": {"choice": ["group", "layer"]}}
     path = spec_file(space, search="optuna", metric="terms/rec", trials=2, total=160)
-    process = start(MODULE, [path])
+    process = start(MODULE, [path, "--address", head.address])
     assert process.wait(240) == 0, process.text
     found = trials(tmp_path)
     assert len(found) == 2 and all(0.1 <= trial.values["objective.beta_kl"] <= 1.0 for trial in found)
     assert config.load(str(tmp_path / "sweep" / "best.yaml")).model.norm in ("group", "layer")
 
 
-def test_metric_that_never_comes(start, spec_file, nothing_left):
-    path = spec_file(
-        {"objective.beta_kl": {"choice": [0.5, 0.6]}}, metric="terms/fid", metric_patience=2, trials=2, total=64000
-    )
-    sentence = refused(start(MODULE, [path]), MODULE)
+def test_metric_that_never_comes(start, spec_file, head, nothing_left):
+    path = spec_file({"objective.beta_kl": {"choice": [0.5, 0.6]}}, metric="terms/fid", metric_patience=2, trials=2,
+                     max_concurrent=1, total=64000)  # fmt: skip
+    sentence = refused(start(MODULE, [path, "--address", head.address]), MODULE)
     assert "terms/fid was never reported in 2 reports" in sentence and "terms/rec" in sentence
 
 
@@ -188,7 +193,7 @@ def test_metric_that_never_comes(start, spec_file, nothing_left):
         ({"objective.beta_kl": {"uniform": [2.0, 1.0]}}, {}, ["space.objective.beta_kl.uniform", "rise"]),
         ({"objective.beta_kl": {"normal": [0.0, 1.0]}}, {}, ["space.objective.beta_kl", "choice, uniform, loguniform, grid"]),
         ({"objective.beta_kl": {"uniform": [-1.0, 1.0]}}, {}, ["objective.beta_kl", "greater than or equal to 0"]),
-        ({"schedule.batch_size": {"choice": [16, 15]}}, {"workers": 2}, ["15 images do not divide over 2 ranks"]),
+        ({"schedule.batch_size": {"choice": [16, 1]}}, {"workers": 2}, ["1 images a step are too few for 2 ranks"]),
         ({"objective.beta_kl": {"choice": [1.0]}}, {"search": "pbt", "trials": 1}, ["trials", "nobody to learn from"]),
         ({"objective.beta_kl": {"choice": [1.0]}}, {"trails": 4}, ["trails", "unknown in a sweep"]),
         ({"objective.beta_kl": {"choice": [1.0]}}, {"mode": "least"}, ["mode", "'min' or 'max'"]),
@@ -200,10 +205,10 @@ def test_bad_input_is_one_sentence_before_anything_starts(start, spec_file, noth
     assert all(word in sentence for word in words), sentence
 
 
-def test_more_workers_than_there_is_room_for(start, spec_file, nothing_left):
+def test_more_workers_than_there_is_room_for(start, spec_file, head, nothing_left):
     path = spec_file({"objective.beta_kl": {"choice": [1.0]}}, workers=16)
-    sentence = refused(start(MODULE, [path]), MODULE)
-    assert "a trial needs 16 with 1 CPU each, but the cluster has room for" in sentence
+    sentence = refused(start(MODULE, [path, "--address", head.address]), MODULE)
+    assert "a trial needs 16 with 1 CPU each, but the cluster has room for 2" in sentence
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)

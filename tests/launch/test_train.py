@@ -44,14 +44,39 @@ def test_two_workers_end_with_the_bits_of_torchrun(start, small, undisturbed, tm
     assert "caches in /" in process.text and "images seen; checkpoint" in process.text
 
 
-def test_lost_worker_and_lost_driver(start, small, undisturbed, tmp_path, nothing_left):
-    """SIGKILL a worker, then the driver with its whole local Ray; it recovers from both by itself, to the same bits."""
+def test_one_run_through_all_that_can_happen_to_it(start, small, undisturbed, tmp_path, nothing_left):
+    """Asked to stop, its watcher killed, its limit of failures reached, a worker lost, the driver lost with its whole local Ray:
+    the same command each time, and in the end the same bits."""
     run = tmp_path / "run"
+
+    # SIGTERM, with no report in between at which it could hear of it: it stops all the same, and saves first.
+    process = start(MODULE, [*small(run, "tracking.log_images=1440", "run.checkpoint_images=1440"), "--workers", "2"])
+    process.until(lambda: "2 workers on" in process.text, "group")
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.wait() == 75, process.text
+    assert "is saved; run the same command to go on" in process.text and newest_images(run) < TOTAL_IMAGES
+
+    # The watcher is killed, so that nobody is left to hand anything on: nothing stays behind.
     process = start(MODULE, [*small(run), "--workers", "2"])
-    process.until(lambda: newest_images(run) >= 480, "480 images")
+    process.until(lambda: "2 workers on" in process.text, "group")
+    family = process.family()
+    process.popen.kill()
+    psutil.wait_procs(family, timeout=30)
+    assert not [p for p in family if p.is_running()]
+
+    # A worker is lost when none may be.
+    process = start(MODULE, [*small(run), "--workers", "2", "--max-failures", "0"])
+    process.until(lambda: newest_images(run) >= 96, "96 images")
     kill(worker_pids(process.text)[1])
-    process.until(lambda: "rank 1 on node" in process.text and process.text.count("2 workers on") == 2, "second group")
-    process.until(lambda: newest_images(run) >= 1440, "1440 images")
+    sentence = refused(process, MODULE)
+    assert "rank 1 on node" in sentence and "gave up after 1 failures (--max-failures 0)" in sentence
+
+    # A worker, then the driver: it recovers from both by itself.
+    process = start(MODULE, [*small(run), "--workers", "2"])
+    process.until(lambda: newest_images(run) >= 288, "288 images")
+    kill(worker_pids(process.text)[1])
+    process.until(lambda: process.text.count("2 workers on") == 2, "second group")
+    process.until(lambda: newest_images(run) >= 768, "768 images")
     driver = next(p for p in process.family() if "launch.driver" in " ".join(p.cmdline()))
     kill(driver.pid)
     assert process.wait() == 0, process.text
@@ -61,12 +86,13 @@ def test_lost_worker_and_lost_driver(start, small, undisturbed, tmp_path, nothin
     assert logged_images(run) == list(range(EVERY_IMAGES, TOTAL_IMAGES + 1, EVERY_IMAGES))
 
 
-def test_lost_node_that_is_replaced(start, small, undisturbed, tmp_path, make_cluster):
+def test_lost_node_that_is_replaced(start, small, undisturbed, tmp_path, raylets):
     """A raylet is SIGKILLed with its worker; another one joins; two workers again, so the same bits."""
-    cluster, run = make_cluster(1, 1), tmp_path / "run"
+    cluster, run = raylets(2), tmp_path / "run"
     process = start(MODULE, [*small(run), "--workers", "2", "--placement", "spread", "--address", cluster.address])
     process.until(lambda: newest_images(run) >= 480, "480 images")
-    cluster.remove_node(cluster.others[0], allow_graceful=False)
+    (node,) = cluster.worker_nodes
+    cluster.remove_node(node, allow_graceful=False)
     process.until(lambda: "starting again, failure 1" in process.text, "word of the failure")
     cluster.add_node(num_cpus=1)
     assert process.wait() == 0, process.text
@@ -74,12 +100,13 @@ def test_lost_node_that_is_replaced(start, small, undisturbed, tmp_path, make_cl
     assert_equal(tensors(run), undisturbed())
 
 
-def test_elastic_goes_on_with_fewer_and_grows_again(start, small, undisturbed, tmp_path, make_cluster):
-    cluster, run, total = make_cluster(1, 1), tmp_path / "run", 2 * TOTAL_IMAGES
+def test_elastic_goes_on_with_fewer_and_grows_again(start, small, undisturbed, tmp_path, raylets):
+    cluster, run, total = raylets(2), tmp_path / "run", 3 * TOTAL_IMAGES
     arguments = small(run, total=total) + ["--workers", "1:3", "--grow-every", "0.5", "--wait", "2"]
     process = start(MODULE, [*arguments, "--address", cluster.address])
     process.until(lambda: newest_images(run) >= 480, "480 images")
-    cluster.remove_node(cluster.others[0], allow_graceful=False)
+    (node,) = cluster.worker_nodes
+    cluster.remove_node(node, allow_graceful=False)
     process.until(lambda: "1 workers on 1 nodes" in process.text, "smaller group")
     lost_at = newest_images(run)
     process.until(lambda: newest_images(run) > lost_at, "progress")
@@ -90,7 +117,8 @@ def test_elastic_goes_on_with_fewer_and_grows_again(start, small, undisturbed, t
     process.until(lambda: process.text.count("1 workers on") == 2, "smaller group again")
     assert newest_images(run) < total, "it was to happen in mid-run"
     assert process.wait() == 0, process.text
-    assert "elastic: 1, 2 workers divide the global batch of 16 (3 do not), which stays the same" in process.text
+    cluster.remove_node(another)
+    assert "elastic: 1, 2, 3 workers share the global batch of 16, which stays the same" in process.text
     assert "there is room for 2 workers now" in process.text
     assert "is about to be taken away: saving a checkpoint first" in process.text
     assert "failure 2" not in process.text, "growing and leaving in order are no failures"
@@ -104,50 +132,6 @@ def drain(cluster, node) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_lost_head_is_told_and_waited_for(start, small, tmp_path, make_cluster, nothing_left):
-    """Ray ends a driver whose head is gone without a word; the watcher has one."""
-    cluster = make_cluster(1)
-    process = start(MODULE, [*small(tmp_path / "run"), "--wait", "3", "--address", cluster.address])
-    process.until(lambda: newest_images(tmp_path / "run"), "checkpoint")
-    cluster.head_node.kill_gcs_server()
-    cluster.head_node.kill_raylet()
-    assert process.wait() == 1, process.text
-    assert "failure 1 of at most 8" in process.text
-    assert process.text.strip().splitlines()[-1].startswith("launch.train: error: --address: no Ray cluster answers at")
-
-
-def test_signal_saves_and_a_killed_watcher_leaves_nothing(start, small, undisturbed, tmp_path, nothing_left):
-    run = tmp_path / "run"
-    slow = small(
-        run, "tracking.log_images=2880", "run.checkpoint_images=2880"
-    )  # no report in between: it stops all the same
-    process = start(MODULE, [*slow, "--workers", "2"])
-    process.until(lambda: "2 workers on" in process.text, "group")
-    process.popen.send_signal(signal.SIGTERM)
-    assert process.wait() == 75, process.text
-    assert "is saved; run the same command to go on" in process.text and newest_images(run) < TOTAL_IMAGES
-    process = start(MODULE, [*small(run), "--workers", "2"])
-    process.until(lambda: process.text.count("images/s") >= 2, "progress")
-    family = process.family()
-    process.popen.kill()  # the watcher, so that nobody is left to hand anything on
-    psutil.wait_procs(family, timeout=30)
-    assert not [p for p in family if p.is_running()]
-    process = start(MODULE, [*small(run), "--workers", "2"])
-    assert process.wait() == 0, process.text
-    assert_equal(tensors(run), undisturbed())
-
-
-def test_gives_up_after_its_limit(start, small, tmp_path, nothing_left):
-    process = start(MODULE, [*small(tmp_path / "run"), "--workers", "1", "--max-failures", "1"])
-    for failure in (1, 2):
-        pid = process.until(
-            lambda: process.text.count("1 workers on") == failure and worker_pids(process.text)[0], "worker"
-        )
-        kill(pid)
-    sentence = refused(process, MODULE)
-    assert "rank 0 on node" in sentence and "gave up after 2 failures (--max-failures 1)" in sentence
-
-
 NODE_PROGRAM = """
 import sys, time
 from ray._private.node import Node
@@ -157,11 +141,11 @@ time.sleep(600)
 """
 
 
-def test_directory_that_is_not_shared(small, start, tmp_path, make_cluster):
+def test_directory_that_is_not_shared(small, start, tmp_path, raylets):
     """Two nodes, one of which sees another folder at the same path: told at the start, not when rank 0 moves there."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("this user may not make a mount namespace")
-    shared, own, cluster = tmp_path / "shared", tmp_path / "own", make_cluster(1)
+    shared, own, cluster = tmp_path / "shared", tmp_path / "own", raylets(1)
     shared.mkdir(), own.mkdir()
     # A mount namespace of its own gives the second raylet another folder there.
     command = f"mount --bind {own} {shared} && exec {sys.executable} -c '{NODE_PROGRAM}' {cluster.address}"
@@ -181,15 +165,13 @@ def test_directory_that_is_not_shared(small, start, tmp_path, make_cluster):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--workers", "3"], ["16 images do not divide over 3 ranks"]),
-        (["--workers", "5:7"], ["none of 5 to 7 workers divides"]),
+        (["--workers", "17"], ["16 images a step are too few for 17 ranks"]),
+        (["--workers", "17:19"], ["none of 17 to 19 workers can share"]),
         (["--workers", "8:2"], ["--workers", "2:8"]),
         (["schedule.batchsize=3"], ["schedule.batchsize", "unknown setting"]),
         (["--env", "NO_SUCH_VARIABLE"], ["NO_SUCH_VARIABLE is not set here"]),
         (["--address", "127.0.0.1:9"], ["no Ray cluster answers at 127.0.0.1:9"]),
         (["--address", "somewhere"], ["host:port"]),
-        (["--workers", "8"], ["8 are asked for", "the cluster has room for"]),
-        (["run.directory=/proc/nothing"], ["run.directory", "/proc/nothing", "cannot write"]),
     ],
 )
 def test_bad_input_is_one_sentence(start, small, tmp_path, nothing_left, arguments, words):
@@ -197,8 +179,31 @@ def test_bad_input_is_one_sentence(start, small, tmp_path, nothing_left, argumen
     assert all(word in sentence for word in words), sentence
 
 
-def test_wrong_token(start, small, tmp_path, make_cluster, nothing_left):
-    cluster = make_cluster(1)
-    process = start(MODULE, [*small(tmp_path / "run"), "--address", cluster.address], RAY_AUTH_TOKEN="f" * 32)
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--workers", "8", "--wait", "1"], ["8 are asked for", "the cluster has room for 2"]),
+        (["run.directory=/proc/nothing"], ["run.directory", "/proc/nothing", "cannot write"]),
+    ],
+)
+def test_what_only_the_cluster_can_tell_is_one_sentence(start, small, head, tmp_path, nothing_left, arguments, words):
+    sentence = refused(start(MODULE, [*small(tmp_path / "run"), *arguments, "--address", head.address]), MODULE)
+    assert all(word in sentence for word in words), sentence
+
+
+def test_wrong_token(start, small, head, tmp_path, nothing_left):
+    process = start(MODULE, [*small(tmp_path / "run"), "--address", head.address], RAY_AUTH_TOKEN="f" * 32)
     sentence = refused(process, MODULE)
     assert "refuses this token" in sentence and "RAY_AUTH_TOKEN" in sentence and "f" * 32 not in process.text
+
+
+def test_a_lost_head_is_told_and_waited_for(start, small, tmp_path, raylets, nothing_left):
+    """Ray ends a driver whose head is gone without a word; the watcher has one."""
+    cluster = raylets(1)
+    process = start(MODULE, [*small(tmp_path / "run"), "--wait", "3", "--address", cluster.address])
+    process.until(lambda: newest_images(tmp_path / "run"), "checkpoint")
+    cluster.head_node.kill_gcs_server()
+    cluster.head_node.kill_raylet()
+    assert process.wait() == 1, process.text
+    assert "failure 1 of at most 8" in process.text
+    assert process.text.strip().splitlines()[-1].startswith("launch.train: error: --address: no Ray cluster answers at")
