@@ -16,6 +16,7 @@ from sivae.storage import Folder
 OPTIONAL = {
     "scikit-learn": "digits: needs it: pip install scikit-learn",
     "imagecodecs": "decodes faster than Pillow: pip install 'sivae[codecs]'",
+    "av": "decodes KTH's videos: pip install 'sivae[video]'",
     "s3fs": "for s3:// URLs: pip install 'sivae[s3]'",
     "gcsfs": "for gs:// URLs: pip install 'sivae[gcs]'",
     "matplotlib": "for the histograms of sivae ood: pip install 'sivae[pictures]'",
