@@ -217,12 +217,14 @@ def _present(folder: Folder, what: dict[str, Any], tag: str) -> set[str] | None:
 def _finish(folder: Folder, what: dict[str, Any], spans: list[range], names: list[str]) -> None:
     """Read every part back, whichever rank or earlier run wrote it, and publish the whole."""
     parts = []
-    for span, name in zip(spans, names):
-        data = folder.read(name)
-        latents = _parse(data, name, what, shown(folder.url))
-        if latents.number.tolist() != list(span):
-            raise UserError(f"{shown(folder.url)}/{name}: does not hold the samples that it should; {AGAIN}")
-        parts.append({"name": name, "count": len(latents), "sha256": hashlib.sha256(data).hexdigest()})
+    with progress_bar(len(names), "reading back", " parts") as bar:
+        for span, name in zip(spans, names):
+            data = folder.read(name)
+            latents = _parse(data, name, what, shown(folder.url))
+            if latents.number.tolist() != list(span):
+                raise UserError(f"{shown(folder.url)}/{name}: does not hold the samples that it should; {AGAIN}")
+            parts.append({"name": name, "count": len(latents), "sha256": hashlib.sha256(data).hexdigest()})
+            bar.update()
     folder.write(json.dumps({"format": FORMAT, "what": what, "parts": parts}, indent=1).encode(), INDEX_FILE)
 
 
