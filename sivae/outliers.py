@@ -12,7 +12,6 @@ importance_weighted  -log 1/K sum_k p(x | z_k) p(z_k) / q(z_k | x), which nears 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -26,7 +25,7 @@ from torch import Tensor
 from sivae.data import ImageStream, open_stream
 from sivae.errors import UserError
 from sivae.images import to_float
-from sivae.inference import Model
+from sivae.inference import Model, weights_digest
 from sivae.metrics import ood
 from sivae.objectives import kl, reconstruction_error, reparameterize
 from sivae.progress import progress_bar
@@ -182,15 +181,6 @@ def judge(model: Model, image: Tensor, calibration: dict[str, Any], name: str = 
         f" stay below {limit:.4g}; {'less than 1' if percent < 1 else f'about {percent:.0f}'}% of them score as high"
     )
     return Verdict(is_outlier, value, limit, sentence)
-
-
-def weights_digest(model: Model) -> str:
-    """sha256 of both networks' weights."""
-    digest = hashlib.sha256()
-    for network in (model.encoder, model.decoder):
-        for name, value in network.state_dict().items():
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # The picture
