@@ -126,7 +126,7 @@ def verdict(output: Path, density: str) -> str:
             ratio = ours[name] / theirs[name]
             bound = 1.0 if method == "intro_vae" else 0.5
             falls_short = "" if ratio <= bound else " (**falls short**)"
-            said.append(f"{name.upper()} {ratio:.2g} times {METHODS[method][0]}'s{falls_short}")
+            said.append(f"{name.upper()} {ratio:.2g} times that of {METHODS[method][0]}{falls_short}")
     return f"Soft-IntroVAE: {'; '.join(said)}."
 
 
