@@ -27,9 +27,6 @@ from sivae.state import TrainingState, peak_memory_bytes
 from sivae.step import train_step
 from sivae.step_trace import example_pass, trace_step
 
-CONFIG = "configs/ffhq1024_conv.yaml"
-# The published sizes for faces of 1024 pixels: 9 levels, 16 feature maps beside the image and up to 512, 8 mapping layers.
-STYLE = {"family": "style", "resolution": 1024, "base_channels": 16, "max_channels": 512, "latent_dim": 512}
 FAMILIES = ("conv", "style")
 SETTINGS = {
     "float32": ["engine.precision=float32"],
@@ -76,12 +73,8 @@ def live_and_peak_bytes(allocations: profile) -> tuple[int, int]:
 
 
 def settings_of(family: str, overrides: list[str]) -> Config:
-    """The 1024-pixel recipe with the networks of a family."""
-    settings = config.load(CONFIG, overrides)
-    if family == "conv":
-        return settings
-    tree = settings.model_dump()
-    return config.parse(tree | {"model": STYLE, "objective": tree["objective"] | {"style_mixing": 0.9}})
+    """The 1024-pixel recipe of a family; of one that grows, at its last level."""
+    return config.load(f"configs/ffhq1024_{family}.yaml", overrides)
 
 
 def main() -> None:
@@ -128,8 +121,8 @@ def main() -> None:
 HEAD = """\
 # Memory of a training step at 1024 pixels: {date}, {machine}, torch {torch}
 
-`python benchmarks/memory.py`. Networks: those of [ffhq1024_conv](../../configs/ffhq1024_conv.yaml), and the published style
-networks for faces (9 levels, 16 to 512 feature maps, latent 512). Real steps through the real engines, on the CPU.
+`python benchmarks/memory.py`. Networks: those of [ffhq1024_conv](../../configs/ffhq1024_conv.yaml) and
+[ffhq1024_style](../../configs/ffhq1024_style.yaml), this one at its last level. Real steps through the real engines, on the CPU.
 *Planned* is what `sivae plan` counts on shapes alone; *measured* what the step held at its highest beyond weights, optimizer
 and average. The resident set is the whole process. The time is that of a shared machine, and says only that a step runs.
 

@@ -75,6 +75,15 @@ def levels(model: Model, images: Tensor, labels: Tensor | None = None) -> Figure
     return Figure(torch.cat(rows), names, [""] * len(images))
 
 
+def interpolation(
+    model: Model, first: Tensor, second: Tensor, num_steps: int, labels: Tensor | None = None
+) -> Figure:  # fmt: skip
+    """The straight way in latent space between two images uint8 [1, C, H, W], which stand at its ends."""
+    path = model.to_uint8(model.interpolate(first, second, num_steps, labels)[0]).cpu()
+    columns = ["real", *[""] * num_steps, "real"]
+    return Figure(torch.cat([first.cpu(), path, second.cpu()]), [""], columns)
+
+
 def traversals(
     model: Model, images: Tensor, num_dims: int, num_steps: int, labels: Tensor | None = None, reach: float = 3.0
 ) -> Figure:
@@ -142,7 +151,13 @@ def attribute(
 def of_training(model: Model, images: Tensor, labels: Tensor | None, seed: int) -> dict[str, Figure]:
     """By name, what training shows beside its samples: always the same images and latents, in tiles of 128 pixels at most."""
     found = {"traversals": traversals(model, images, num_dims=6, num_steps=7, labels=labels)}
+    if len(images) > 1:
+        found["interpolation"] = interpolation(
+            model, images[:1], images[1:2], 8, labels if labels is None else labels[:1]
+        )
     if model.settings["family"] == "style":
+        if model.stage:  # one that did not grow knows only the highest
+            found["levels"] = levels(model, images[:8], labels if labels is None else labels[:8])
         z = fixed_latents(seed, 8, model.latent_dim)
         found["stylemix"] = style_mixing(model, z[:4], z[4:], default_num_coarse(model))
         found["truncation"] = truncation_sweep(model, 4, seed, num_steps=7)

@@ -77,6 +77,8 @@ def test_a_run_grows_as_its_schedule_says(undisturbed):
     for images, share in faded.items():
         assert lines[images]["schedule/blend"] == pytest.approx(0.5 - 0.5 * math.cos(math.pi * share))
     assert lines[32]["schedule/blend"] == lines[224]["schedule/blend"] == lines[512]["schedule/blend"] == 1.0
+    pictures = {path.name.partition("-")[0] for path in (undisturbed / "pictures").iterdir()}
+    assert pictures == {"samples", "traversals", "interpolation", "stylemix", "truncation", "levels"}
     assert [lines[n]["schedule/batch_size"] for n in (32, 96, 288)] == [16, 16, 8]
     assert [lines[n]["optimizer/lr_encoder"] for n in (32, 96, 288)] == [1.5e-3, 1.5e-3 * 0.75, 1.5e-3]
 

@@ -234,7 +234,7 @@ def test_training_draws_them_of_its_average(tmp_path, cache_dir):
 def test_figures_of_training_stay_small():
     model = inference.Model(parse_model(TREES["mlp"] | {"sample_shape": [1, 256, 256]}).model_dump())
     found = figures.of_training(model, torch.zeros(2, 1, 256, 256, dtype=torch.uint8), None, seed=0)
-    assert list(found) == ["traversals"] and found["traversals"].tiles.shape == (42, 1, 128, 128)
+    assert list(found) == ["traversals", "interpolation"] and found["traversals"].tiles.shape == (42, 1, 128, 128)
 
 
 @pytest.mark.parametrize(

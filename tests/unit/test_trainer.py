@@ -130,7 +130,7 @@ def test_tensorboard_shows_scalars_pictures_histograms_settings_and_hparams(run,
     assert [event.value for event in log.Scalars("terms/rec")] == pytest.approx(
         [line["terms/rec"] for line in lines], rel=1e-6
     )
-    assert set(tags["images"]) == {"samples", "traversals"} and set(tags["histograms"]) == {
+    assert set(tags["images"]) == {"samples", "traversals", "interpolation"} and set(tags["histograms"]) == {
         "latent/mu",
         "latent/logvar",
     }
