@@ -12,13 +12,12 @@ image of that class and content, over all pairs of `--count` images that differ 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from digits import machine  # a script's own folder is on the path
 from torch import Tensor
 
 import sivae
@@ -68,14 +67,6 @@ def as_vae(settings: config.Config) -> config.Config:
     kept = ("reconstruction", "beta_rec", "beta_kl", "augment", "augment_probability")
     tree["objective"] = {"name": "vae"} | {name: tree["objective"][name] for name in kept}
     return config.parse(tree)
-
-
-def machine() -> str:
-    """The processor's name and its cores, as Linux tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def main() -> None:
