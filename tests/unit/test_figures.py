@@ -222,7 +222,7 @@ def test_training_draws_them_of_its_average(tmp_path, cache_dir):
     settings["tracking"] |= {"progress": False, "picture_images": 16, "picture_count": 5}
     trainer.train(config.parse(settings))
     names = {path.name.partition("-")[0]: path for path in (tmp_path / "pictures").iterdir()}
-    assert set(names) == {"samples", "traversals", "stylemix", "truncation"}
+    assert set(names) == {"samples", "traversals", "interpolation", "stylemix", "truncation"}
     model, z = sivae.load(str(tmp_path)), fixed_latents(0, 8, 6)
     assert (
         np.abs(picture(names["stylemix"]).astype(int) - drawn(figures.style_mixing(model, z[:4], z[4:], 3))).max() <= 1
