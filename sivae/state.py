@@ -48,7 +48,7 @@ class TrainingState:
         self.objective, self.vae = build_objectives(self.settings, beta_neg_factor)
 
     def tensors(self) -> Tensors:
-        """Whole CPU tensors by file and name, as a checkpoint keeps them; for rank 0 alone."""
+        """Whole CPU tensors by file and name, as a checkpoint keeps them; for rank 0 alone. Copies: training on leaves them alone."""
         tensors = {
             "weights": _joined(self.encoder.state_dict(main_only=True), self.decoder.state_dict(main_only=True)),
             "average": self.average(),
@@ -57,7 +57,7 @@ class TrainingState:
             ),
         }
         if self.target is not None:
-            tensors["target"] = {name: value.cpu() for name, value in self.target.state_dict().items()}
+            tensors["target"] = {name: value.to("cpu", copy=True) for name, value in self.target.state_dict().items()}
         return tensors
 
     def average(self) -> dict[str, Tensor]:

@@ -16,10 +16,11 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sivae
-from sivae import config, distributed, images, inference, models, objectives, trainer
+from sivae import checkpoint, config, distributed, images, inference, models, objectives, trainer
 from sivae.engines import Engine
 from sivae.objectives import Draws
 from sivae.step import FiniteGate, Pass, train_step
+from sivae.storage import Folder
 
 SECRET = "hidden-secret"
 
@@ -156,8 +157,16 @@ def test_report_hears_of_metrics_and_checkpoints(cache_dir, tmp_path, run):
         [f"run.directory={tmp_path}", f"data.cache_dir={cache_dir}", "data.num_workers=0", "model.channels=[8,16]", "schedule.total_images=64",
          "run.checkpoint_images=32", "tracking.log_images=32", "tracking.progress=false", "tracking.tensorboard=false"],
     )  # fmt: skip
-    trainer.train(settings, report=lambda metrics, name: heard.append((metrics["loss/loss_encoder"], name)))
-    assert [name for _, name in heard] == ["000000000032", "000000000064"]
+    published = Folder(str(tmp_path))
+
+    def report(metrics, name):
+        assert name is None or name in checkpoint.list_names(published), "named before it is there"
+        heard.append((metrics["loss/loss_encoder"], name))
+
+    trainer.train(settings, report=report)
+    at_32, again, at_64 = heard
+    assert (at_32[1], again[1], at_64[1]) == (None, "000000000032", "000000000064")
+    assert at_32[0] == again[0] != at_64[0], "a checkpoint is told of with the metrics of when it was taken"
     before = len(heard)
     assert trainer.train(settings, report=lambda *told: heard.append(told)).images_seen == 64, (
         "a finished run has nothing left to do"
