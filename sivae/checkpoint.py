@@ -11,13 +11,14 @@ import hashlib
 import json
 import logging
 import re
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from sivae.errors import UserError
@@ -27,6 +28,10 @@ logger = logging.getLogger("sivae")
 FORMAT = 1
 BEST = "best.json"
 _NAME = re.compile(r"\d{12}(\.\d+)?")
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,8 @@ def save(run: Folder, state: dict[str, Any], tensors: dict[str, dict[str, Tensor
     try:
         manifest: dict[str, Any] = {"format": FORMAT, "files": {}}
         for file, named in tensors.items():
-            contiguous = {key: tensor.contiguous() for key, tensor in named.items()}
-            _put(run, name, f"{file}.safetensors", save_tensors(contiguous), manifest)
-        _put(run, name, "state.json", json.dumps(state, indent=1).encode(), manifest)
+            _put(run, name, f"{file}.safetensors", to_safetensors(named), manifest)
+        _put(run, name, "state.json", [memoryview(json.dumps(state, indent=1).encode())], manifest)
         run.write(json.dumps(manifest, indent=1).encode(), "checkpoints", name, "manifest.json")
     except BaseException:
         # A full disk can refuse even the clean-up; the first error is the one to hear about.
@@ -152,9 +156,29 @@ def read_newest(
     return None
 
 
-def _put(run: Folder, name: str, file: str, data: bytes, manifest: dict[str, Any]) -> None:
-    run.write(data, "checkpoints", name, file)
-    manifest["files"][file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def to_safetensors(named: dict[str, Tensor]) -> list[memoryview]:
+    """CPU tensors as the parts of a safetensors file (https://github.com/huggingface/safetensors#format): its header, then
+    their own memory. `safetensors.torch.save` copies all of it twice, while Python's lock keeps every other thread waiting.
+    """
+    # By descending element size, so that every tensor begins at a multiple of its own.
+    ordered = sorted(named.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, parts, start = {}, [], 0
+    for name, tensor in ordered:
+        stop = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        parts.append(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [memoryview(struct.pack("<Q", len(text)) + text), *parts]
+
+
+def _put(run: Folder, name: str, file: str, parts: list[memoryview], manifest: dict[str, Any]) -> None:
+    run.write(parts, "checkpoints", name, file)
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    manifest["files"][file] = {"bytes": sum(map(len, parts)), "sha256": digest.hexdigest()}
 
 
 def _get(run: Folder, name: str, file: str, listed: dict[str, Any]) -> bytes:

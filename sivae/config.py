@@ -50,7 +50,8 @@ class RunSettings(Section):
     """Threads of each rank on a CPU; None is torch's choice. Small networks are fastest with 1: more threads than free
     cores wait for each other at every layer."""
     checkpoint_images: int = Field(100_000, gt=0)
-    """Save a checkpoint every so many images (and always at the end)."""
+    """Save a checkpoint every so many images (and always at the end). It is written while training goes on; a save that is
+    due before the one before it is written waits for that."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many checkpoints stay; older ones are deleted after a new one is published."""
     on_nonfinite: Literal["stop", "rollback"] = "stop"

@@ -38,17 +38,22 @@ class Group:
 
     def agree(self, stop: bool, failure: UserError | None = None) -> bool:
         """Whether any rank wants to stop. A failure of one rank is raised on all. Host only: no device synchronisation."""
+        return self.any(stop, failure=failure)[0]
+
+    def any(self, *flags: bool, failure: UserError | None = None) -> tuple[bool, ...]:
+        """For each flag whether any rank raises it; `failure` as in `agree`."""
         if self.world_size == 1:
             if failure is not None:
                 raise failure
-            return stop
-        code = torch.tensor(2 if failure is not None else int(stop))
-        dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self.control)
-        if code == 2:
+            return flags
+        raised = torch.tensor([failure is not None, *flags], dtype=torch.uint8)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.control)
+        failed, *found = map(bool, raised.tolist())
+        if failed:
             sentences: list[str | None] = [None] * self.world_size
             dist.all_gather_object(sentences, failure and str(failure), group=self.control)
             raise UserError(next(sentence for sentence in sentences if sentence), shared=True)
-        return bool(code)
+        return tuple(found)
 
     def together(self, work: Callable[[], Any]) -> Any:
         """Run `work`, in which no rank waits for another, on every rank. A UserError of one is raised on all, to be told once."""

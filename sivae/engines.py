@@ -281,6 +281,8 @@ class Engine:
     def _gather(self, tensors: list[Tensor], main_only: bool) -> dict[str, Tensor]:
         """Whole CPU copies by parameter name of what `_live` would list."""
         whole = {}
+        # From a GPU one after the other, and the host waits once. Pinned memory is kept by torch for the next time.
+        pinned = self.group.device.type == "cuda"
         for (name, shape), tensor in zip(self.shapes.items(), tensors):
             if self.zero_stage == 3:
                 tensor = tensor.to(self.group.device)
@@ -288,7 +290,10 @@ class Engine:
                 dist.all_gather_into_tensor(flat, tensor.contiguous())
                 tensor = flat[: torch.Size(shape).numel()].view(shape)
             if self.group.is_main or not main_only:
-                whole[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+                copy = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=pinned)
+                whole[name] = copy.copy_(tensor.detach(), non_blocking=pinned)
+        if pinned:
+            torch.cuda.current_stream().synchronize()
         return whole
 
     def _shard(self, value: Tensor, parameter: nn.Parameter) -> Tensor:

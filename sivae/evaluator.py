@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sivae import checkpoint, inference, real_statistics, schedule
+from sivae.background import Background
 from sivae.config import Config
 from sivae.data import open_stream
 from sivae.distributed import Group
@@ -21,10 +22,10 @@ from sivae.storage import Folder
 
 
 class Evaluator:
-    """Does nothing where `evaluate.every_images` is None. All methods but `at` and `due` are collectives."""
+    """Does nothing where `evaluate.every_images` is None. `run` and `is_best` are collectives; files are written in the background."""
 
-    def __init__(self, settings: Config, group: Group, run: Folder):
-        self.settings, self.group, self.run_folder = settings, group, run
+    def __init__(self, settings: Config, group: Group, run: Folder, background: Background):
+        self.settings, self.group, self.run_folder, self.background = settings, group, run, background
         self.figures: dict[str, float] = {}
         """The last ones, as metrics.jsonl has them."""
         self.judged: tuple[int, float] | None = None  # images seen, and the figure that decides
@@ -67,7 +68,7 @@ class Evaluator:
         if math.isfinite(value):
             self.judged = images_seen, value
         info = {"images_seen": images_seen}
-        self.group.on_main(
+        self.background.submit(
             lambda: write(
                 self.run_folder, self.evaluation, found, weights="average", info=info, data_url=shown(self.url)
             )
@@ -81,20 +82,16 @@ class Evaluator:
         return {"figure": self.decides.name, "value": self.judged[1]}
 
     def is_best(self, images_seen: int) -> bool:
-        """Whether the weights of this moment were judged better than the best checkpoint."""
+        """Whether the weights of this moment were judged better than the best checkpoint. No save may be under way."""
         judged = self.at(images_seen)
         return self.group.on_main(lambda: judged is not None and self._beats(judged["value"]))
 
-    def saved(self, name: str, judged: dict[str, Any] | None) -> None:
-        """A checkpoint was written or read back, with what was judged of it: it may be the best."""
+    def point(self, name: str, judged: dict[str, Any] | None) -> None:
+        """On rank 0: a checkpoint was published or read back, with what was judged of it; it may be the best."""
         if self.settings.evaluate.every_images is None or judged is None or judged["figure"] != self.decides.name:
             return
-
-        def point() -> None:
-            if self._beats(judged["value"]):
-                checkpoint.set_best(self.run_folder, name, judged["figure"], judged["value"])
-
-        self.group.on_main(point)
+        if self._beats(judged["value"]):
+            checkpoint.set_best(self.run_folder, name, judged["figure"], judged["value"])
 
     def _beats(self, value: float) -> bool:
         best = checkpoint.best(self.run_folder)

@@ -51,7 +51,7 @@ class TrainingState:
         return build_graphs(self.settings, self.encoder.network, self.decoder.network, passes)
 
     def tensors(self) -> Tensors:
-        """Whole CPU tensors by file and name, as a checkpoint keeps them; for rank 0 alone."""
+        """Whole CPU tensors by file and name, as a checkpoint keeps them; for rank 0 alone. Copies: training on leaves them alone."""
         tensors = {
             "weights": _joined(self.encoder.state_dict(main_only=True), self.decoder.state_dict(main_only=True)),
             "average": self.average(),
@@ -60,7 +60,7 @@ class TrainingState:
             ),
         }
         if self.target is not None:
-            tensors["target"] = {name: value.cpu() for name, value in self.target.state_dict().items()}
+            tensors["target"] = {name: value.to("cpu", copy=True) for name, value in self.target.state_dict().items()}
         return tensors
 
     def average(self) -> dict[str, Tensor]:

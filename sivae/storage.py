@@ -133,19 +133,25 @@ class Folder:
     def read(self, *names: str) -> bytes:
         return self._guard("read", lambda: self.fs.cat_file(self.join(*names), **self._limit()), *names)
 
-    def write(self, data: bytes, *names: str) -> None:
-        """Write a file so that it appears whole or not at all: locally under another name first and then moved."""
+    def write(self, data: bytes | list[memoryview], *names: str) -> None:
+        """Write a file so that it appears whole or not at all: locally under another name first and then moved.
+
+        data: all of it, or its parts of bytes in order, which a local file takes without another copy in memory.
+        """
+        parts = [data] if isinstance(data, bytes) else data
 
         def put() -> None:
             path = self.join(*names)
             if not self.is_local:  # object stores show an object only once it is complete
-                self.fs.pipe_file(path, data, **self._limit(len(data)))
+                # Part by part into bytes, which Python joins with its lock released: other threads go on meanwhile.
+                whole = data if isinstance(data, bytes) else b"".join([bytes(part) for part in parts])
+                self.fs.pipe_file(path, whole, **self._limit(len(whole)))
                 return
             os.makedirs(os.path.dirname(path), exist_ok=True)
             part = f"{path}.part-{os.getpid()}"
             try:
                 with open(part, "wb") as file:
-                    file.write(data)
+                    file.writelines(parts)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(part, path)

@@ -26,7 +26,10 @@ logger = logging.getLogger("sivae")
 
 
 class Tracker:
-    """Silent until `open`, which rank 0 alone calls."""
+    """Silent until `open`, which rank 0 alone calls.
+
+    One thread may call `picture`, `histogram` and `sync` while another calls `scalars`; nobody may while `open` or `close` runs.
+    """
 
     def __init__(self, run: Folder, total_images: int, *, tensorboard: bool, progress: bool, settings_yaml: str):
         self.run, self.total_images, self.settings_yaml = run, total_images, settings_yaml
@@ -76,14 +79,16 @@ class Tracker:
             if told:
                 self.bar.set_postfix(told, refresh=False)
 
-    def picture(self, name: str, pixels: np.ndarray, images_seen: int) -> str:
-        """A PNG under pictures/ and in TensorBoard. Returns its path."""
-        file = f"{name}-{images_seen:012d}.png"
-        self.run.write(png_bytes(pixels), "pictures", file)
+    def picture(self, name: str, pixels: np.ndarray, images_seen: int) -> None:
+        """A PNG under pictures/ and in TensorBoard."""
+        self.run.write(png_bytes(pixels), *_picture_file(name, images_seen))
         if self.writer is not None:
             with _disk_errors(self.run.url):
                 self.writer.add_image(name, pixels, images_seen, dataformats="HWC")
-        return f"{self.run.url}/pictures/{file}"
+
+    def picture_path(self, name: str, images_seen: int) -> str:
+        """Where `picture` puts it."""
+        return "/".join([self.run.url, *_picture_file(name, images_seen)])
 
     def histogram(self, name: str, values: Tensor, images_seen: int) -> None:
         if self.writer is not None:
@@ -111,7 +116,7 @@ class Tracker:
             tqdm.write(f"sivae: {line}", file=sys.stderr)
 
     def sync(self) -> None:
-        """Everything onto the storage of the run directory."""
+        """Everything onto the storage of the run directory; on rank 0."""
         with _disk_errors(self.run.url):
             if self.writer is not None:
                 self.writer.flush()
@@ -176,6 +181,10 @@ def _disk_errors(where: str) -> Iterator[None]:
         raise UserError(
             f"{shown(where)}: metrics cannot be written ({error.strerror or error}); free space and run the same command again"
         ) from error
+
+
+def _picture_file(name: str, images_seen: int) -> tuple[str, str]:
+    return "pictures", f"{name}-{images_seen:012d}.png"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,11 +7,13 @@ import json
 import resource
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 from sivae.checkpoint import list_names
+from sivae.cli import EXIT_INTERRUPTED
 from sivae.data import open_stream
 from sivae.storage import Folder
 from tests.processes import ROOT, TIMEOUT_SEC, environment, run_sivae, sivae_command
@@ -162,6 +164,61 @@ def test_full_disk_while_saving_keeps_the_checkpoint_before(arguments, tmp_path)
     run = Folder(str(tmp_path / "run"))
     assert list_names(run) == run.names("checkpoints") == ["000000000160"]
     assert run_sivae(arguments()).returncode == 0, "with space again, the same command goes on"
+
+
+def test_a_disk_that_fills_up_on_rank_0_is_one_sentence_of_all(arguments, cache_dir, tmp_path):
+    """Rank 0 alone writes, and not in the thread that trains: the others hear of it where they agree on the next step."""
+    open_stream("digits:", resolution=16, batch_size=1, cache_dir=cache_dir)
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+    done = run_sivae(arguments("schedule.total_images=64000"), ranks=2, preexec_fn=limit)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "sivae: error" in line]
+    assert len(lines) == 1 and "cannot write" in lines[0] and "disk is full" in lines[0], done.stderr
+    assert "sivae/cli.py" not in done.stderr, "no rank shows a traceback of its own"
+    assert Folder(str(tmp_path / "run")).names("checkpoints") == []
+
+
+SLOW_SAVES = """
+import sys, time
+from sivae import cli, storage
+write = storage.Folder.write
+def slow(self, data, *names):
+    if names[0] == "checkpoints" and names[1] != "000000000160" and names[-1] == "state.json":
+        print("in the middle", flush=True)
+        time.sleep(2)
+    return write(self, data, *names)
+storage.Folder.write = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_save_in_the_background_that_is_interrupted(arguments, tmp_path, number):
+    """Killed in its middle, the checkpoint before it is whole and used; asked to stop, the run finishes it, and saves once more."""
+    command = [sys.executable, "-c", SLOW_SAVES, *arguments("schedule.total_images=64000")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "in the middle\n"
+    run = Folder(str(tmp_path / "run"))
+    assert list_names(run) == ["000000000160"]
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=TIMEOUT_SEC)
+    if number == signal.SIGKILL:
+        assert process.returncode == -number and list_names(run) == ["000000000160"]
+        assert run.names("checkpoints") == ["000000000160", "000000000320"], "half a checkpoint, which does not count"
+        done = run_sivae(arguments("schedule.total_images=320"))
+        assert done.returncode == 0 and "resuming at 160 images" in done.stderr, done.stderr
+        assert list_names(run) == ["000000000160", "000000000320.1"]
+    else:
+        assert process.returncode == EXIT_INTERRUPTED, errors
+        assert "Traceback" not in errors
+        first, second = list_names(run)
+        assert first == "000000000320" and int(second) > 320, "both are whole"
 
 
 def test_kl_gap_that_stays_negative_is_warned_of(arguments):

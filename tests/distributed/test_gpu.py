@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from sivae import config, trainer
 from tests.processes import run_sivae
 
 pytestmark = pytest.mark.gpu
@@ -46,3 +47,23 @@ def test_bfloat16_is_close_to_float32(losses):
 @pytest.mark.parametrize("stage", [0, 3])
 def test_two_gpus_learn_what_one_does(losses, stage):
     assert losses("two", f"engine.zero_stage={stage}", ranks=2) == pytest.approx(losses("one"), rel=2e-2)
+
+
+def test_training_between_two_log_lines_never_waits_for_the_gpu(cache_dir, tmp_path, monkeypatch):
+    """torch raises where the host would wait; logging, saving and fetching data may."""
+
+    class Watched(trainer.Trainer):
+        def _step(self, batch):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                super()._step(batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(trainer, "Trainer", Watched)
+    settings = config.load(
+        "configs/digits.yaml",
+        [f"run.directory={tmp_path}", f"data.cache_dir={cache_dir}", "data.num_workers=0", "schedule.total_images=320",
+         "tracking.log_images=160", "tracking.progress=false"],
+    )  # fmt: skip
+    assert trainer.train(settings).images_seen == 320

@@ -13,13 +13,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sivae
-from sivae import config, distributed, images, inference, models, objectives, trainer
+from sivae import checkpoint, config, distributed, images, inference, models, objectives, trainer
 from sivae.engines import Engine
 from sivae.objectives import Draws
 from sivae.step import FiniteGate, Pass, train_step
+from sivae.storage import Folder
+from tests.host_reads import HostReads
 
 SECRET = "hidden-secret"
 
@@ -156,8 +157,16 @@ def test_report_hears_of_metrics_and_checkpoints(cache_dir, tmp_path, run):
         [f"run.directory={tmp_path}", f"data.cache_dir={cache_dir}", "data.num_workers=0", "model.channels=[8,16]", "schedule.total_images=64",
          "run.checkpoint_images=32", "tracking.log_images=32", "tracking.progress=false", "tracking.tensorboard=false"],
     )  # fmt: skip
-    trainer.train(settings, report=lambda metrics, name: heard.append((metrics["loss/loss_encoder"], name)))
-    assert [name for _, name in heard] == ["000000000032", "000000000064"]
+    published = Folder(str(tmp_path))
+
+    def report(metrics, name):
+        assert name is None or name in checkpoint.list_names(published), "named before it is there"
+        heard.append((metrics["loss/loss_encoder"], name))
+
+    trainer.train(settings, report=report)
+    at_32, again, at_64 = heard
+    assert (at_32[1], again[1], at_64[1]) == (None, "000000000032", "000000000064")
+    assert at_32[0] == again[0] != at_64[0], "a checkpoint is told of with the metrics of when it was taken"
     before = len(heard)
     assert trainer.train(settings, report=lambda *told: heard.append(told)).images_seen == 64, (
         "a finished run has nothing left to do"
@@ -247,28 +256,33 @@ def small_step(group, stage=0):
     return gate, engines, Pass(torch.rand(4, 1, 16, 16), None, Draws(*(torch.randn(4, 4) for _ in Draws.names())))
 
 
-class HostReads(TorchDispatchMode):
-    """Counts how often a tensor's value goes to Python."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*arguments, **(keywords or {}))
-
-
 def test_a_step_reads_nothing_back_to_the_host():
     with distributed.join("cpu") as group:
         gate, engines, item = small_step(group)
         objective = objectives.build("soft_intro_vae", num_values=256)
         with HostReads() as reads:
             train_step(*engines, None, objective, [item], gate, 0, lr_encoder=1e-3, lr_decoder=1e-3, ema_decay=0.9)
-        assert reads.count == 0
+        assert not reads.found
         with HostReads() as reads:
             gate.read()
-        assert reads.count == 1, "the counter counts"
+        assert reads.found == {"_local_scalar_dense": 1}
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(), lambda x: bool(x.sum()), lambda x: float(x.sum()), lambda x: f"{x.sum():.3f}", print, repr,
+        lambda x: x.cpu(), lambda x: x.to("cpu"), lambda x: x.tolist(), lambda x: x.numpy(), np.asarray, lambda x: torch.equal(x, x),
+        lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: 1 if (x > 0).all() else 0, lambda x: torch.arange(int(x.sum())),
+    ],
+)  # fmt: skip
+def test_every_way_of_reading_back_is_seen(read):
+    with HostReads() as reads:
+        read(torch.ones(3))
+    assert reads.found
+    with HostReads() as reads, reads.paused():
+        read(torch.ones(3))
+    assert not reads.found
 
 
 STYLE = "model:={family: style, num_channels: 1, resolution: 16, base_channels: 4, max_channels: 8, latent_dim: 4, num_mapping_layers: 1}"
@@ -302,3 +316,44 @@ def test_images_fade_in_as_their_level_does(run, tmp_path, monkeypatch):
     assert torch.allclose(first[1], coarse(first[0]), atol=1e-6)
     blend = 0.5 - 0.5 * math.cos(math.pi / 4)
     assert torch.allclose(second[1], blend * second[0] + (1 - blend) * coarse(second[0]), atol=1e-6)
+
+
+# DeepSpeed's ZeRO looks on the host whether the norm of the gradient is finite, once a step of each network.
+ZERO_READS = {"_local_scalar_dense": 2}
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        ([], {}),
+        (["engine.micro_batch_size=4", "encoder_optimizer.clip_grad_norm=1.0"], {}),
+        (["objective.augment=[color]", "engine.precision=bfloat16"], {}),
+        (["objective.name=intro_vae"], {}),
+        ([STYLE, LEVELS % "", "objective.style_mixing=0.9"], {}),
+        (["engine.zero_stage=1"], ZERO_READS),
+        (["engine.zero_stage=2"], ZERO_READS),
+    ],
+    ids=str,
+)
+def test_training_between_two_log_lines_reads_nothing_back(run, monkeypatch, overrides, expected):
+    """The loop as on a GPU, where only logging, saving and drawing look. Data may be read from the host's memory."""
+    found = []
+
+    class Watched(trainer.Trainer):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.always_looks = False
+
+        def _next(self, *arguments):
+            found.append(dict(reads.found))
+            reads.found.clear()
+            with reads.paused():
+                return super()._next(*arguments)
+
+    monkeypatch.setattr(trainer, "Trainer", Watched)
+    often = ["schedule.total_images=128", "run.checkpoint_images=1000", "tracking.picture_images=1000"]
+    with HostReads() as reads:
+        run(*often, "tracking.log_images=64", *overrides)
+    # Before the first step, then one for each; the fourth logs, as does the last, which no other follows.
+    assert [found[step] for step in (1, 2, 3, 5, 6, 7)] == [expected] * 6
+    assert found[4] != expected, "a log line reads"
