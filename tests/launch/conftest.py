@@ -39,6 +39,7 @@ RAY_ENVIRONMENT = {
     # A lost head is noticed after 3 seconds instead of 60.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "3",
     "RAY_prestart_worker_first_driver": "false",
+    "RAY_worker_niceness": "0",  # else whatever else the machine does comes first
 }
 
 # Before the first import of Ray, which reads them then.
