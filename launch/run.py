@@ -189,9 +189,7 @@ class Run:
                 )
             if not told and waited > 3.0:
                 told = True
-                self.say(
-                    f"waiting up to {patience:g} seconds for room for {self.sizes[0]} workers, there is room for {free}"
-                )
+                self.say(f"waiting up to {patience:g} seconds for room for {before} workers, there is room for {free}")
             self._stop.wait(0.5)
 
     def demand(self, number: int) -> cluster.Demand:
