@@ -12,12 +12,14 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from sivae import startup
 from sivae.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +69,7 @@ def connect(
         # The job has shipped it; what the job itself sets must not be set again.
         runtime_env = {"env_vars": {k: v for k, v in variables.items() if k not in job.get("env_vars", {})}}
     try:
-        with _silence():
+        with _imports_beside(), _silence():
             joined = ray.init(
                 address=address, runtime_env=runtime_env, logging_level=logging.ERROR, log_to_driver=False
             )
@@ -94,6 +96,8 @@ def _start_local(env_vars: dict[str, str] | None, dashboard: bool) -> None:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # Processes started in advance are of no use: those of a run have variables of their own.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "false")
+    # Ray would run workers with niceness 15, behind everything else on the machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Without one Ray writes a token into the home directory.
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -103,11 +107,30 @@ def _start_local(env_vars: dict[str, str] | None, dashboard: bool) -> None:
     os.environ.pop("RAY_ADDRESS", None)
     import ray
 
-    # (Workers inherit this process's environment here.)
-    ray.init(
-        address="local", include_dashboard=dashboard, dashboard_host="127.0.0.1", logging_level=logging.ERROR, log_to_driver=False,
-        runtime_env={"env_vars": _worker_environment() | (env_vars or {})},
-    )  # fmt: skip
+    with _imports_beside():
+        # (Workers inherit this process's environment here.)
+        ray.init(
+            address="local", include_dashboard=dashboard, dashboard_host="127.0.0.1", logging_level=logging.ERROR, log_to_driver=False,
+            runtime_env={"env_vars": _worker_environment() | (env_vars or {})},
+        )  # fmt: skip
+
+
+@contextmanager
+def _imports_beside() -> Iterator[None]:
+    """Import what Ray Train and Tune need of others meanwhile: starting Ray is mostly waiting. (Of Ray itself nothing: its
+    modules import each other in circles, which two threads must not walk at once.)"""
+
+    def work() -> None:
+        import pandas  # noqa: F401
+        import torch  # noqa: F401
+
+    with startup.importing():
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
 
 
 def _worker_environment() -> dict[str, str]:

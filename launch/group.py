@@ -1,16 +1,22 @@
-"""Ray Train's TorchTrainer, without the helpers that a run here has no use for, each a process of its own in every attempt:
+"""Ray Train's TorchTrainer, with as few processes as a run here has use for. Each would be started anew in every attempt:
 
-- the manager of Ray Data sets: the data is sivae's own,
-- the coordinator that asks the autoscaler for room, which outlives the run: cluster.Demand asks, and takes it back,
-- the janitor of places, unless the run wants it: without, they go when the driver leaves the cluster.
+- the controller, which watches the workers, runs in the driver, and ends with it,
+- the manager of Ray Data sets is left out: the data is sivae's own,
+- so is the coordinator that asks the autoscaler for room, which outlives the run: cluster.Demand asks, and takes it back,
+- so is the janitor of places, unless the run wants it: without, they go when the driver leaves the cluster.
 """
 
 from __future__ import annotations
 
+import asyncio
+
+import ray
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 
 class Trainer(TorchTrainer):
@@ -22,7 +28,30 @@ class Trainer(TorchTrainer):
         return [one for one in super()._create_default_callbacks() if not isinstance(one, self._unused)]
 
     def _initialize_and_run_controller(self, **options):
-        return super()._initialize_and_run_controller(**options | {"scaling_policy": Fixed(self.scaling_config)})
+        controller = Controller(**options | {"scaling_policy": Fixed(self.scaling_config)})
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class Workers(WorkerGroup):
+    def _init_train_context_on_workers(self, workers, sync_actor, train_context_args):
+        """Ray's, without a handle of the controller's process, by which workers could ask for what they reported."""
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context, distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor, storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate, controller_actor=None,
+                    **{name: values[index] for name, values in train_context_args.items()},
+                )
+                for index, worker in enumerate(workers)
+            ]
+        )  # fmt: skip
+        self._decorate_worker_log_file_paths(workers)
+
+
+class Controller(TrainController):
+    worker_group_cls = Workers
 
 
 class Fixed(FixedScalingPolicy):

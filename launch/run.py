@@ -18,6 +18,7 @@ from typing import Any
 from launch import cluster
 from launch.board import News, Orders, open_board
 from launch.cluster import Need
+from sivae import startup
 from sivae.config import Config, ConfigError
 from sivae.errors import UserError
 
@@ -156,7 +157,11 @@ class Run:
 
     @property
     def most(self) -> int:
-        return self.sizes[-1] if self.ever is None else max(number for number in self.sizes if number <= self.ever)
+        return self.sizes[-1] if self.ever is None else self.at_most(self.ever)
+
+    def at_most(self, limit: int) -> int:
+        """The most workers within a limit; the fewest where that is too low."""
+        return max((number for number in self.sizes if number <= limit), default=self.sizes[0])
 
     def _wait(self, before: int, patience: float, demand: cluster.Demand) -> int | None:
         start, told = time.monotonic(), False
@@ -184,9 +189,7 @@ class Run:
                 )
             if not told and waited > 3.0:
                 told = True
-                self.say(
-                    f"waiting up to {patience:g} seconds for room for {self.sizes[0]} workers, there is room for {free}"
-                )
+                self.say(f"waiting up to {patience:g} seconds for room for {before} workers, there is room for {free}")
             self._stop.wait(0.5)
 
     def demand(self, number: int) -> cluster.Demand:
@@ -231,7 +234,9 @@ class Attempt:
                 if not self.joined:
                     return Outcome(0, True, {}, self.run.newest), None  # nothing runs yet; it ends with this process
             elif leaving := self._leaving():
-                reason = f"node {leaving} is about to be taken away: saving a checkpoint first"
+                # For now there are no more than these: nothing to wait for.
+                self.target = self.run.at_most(self.number - len(leaving))
+                reason = f"node {leaving[0]['node']} is about to be taken away: saving a checkpoint first"
             elif self.number < self.run.most and len(self.joined) == self.number and time.monotonic() >= next_look:
                 next_look = time.monotonic() + self.run.limits.grow_sec
                 demand.open()  # not before the workers have their places, which it would take
@@ -307,11 +312,10 @@ class Attempt:
             if self.run.lockstep:
                 self.board.deal_with.remote(1)
 
-    def _leaving(self) -> str | None:
-        if not self.joined:
-            return None
-        leaving = cluster.draining()
-        return next((place["node"] for place in self.joined.values() if place["node_id"] in leaving), None)
+    def _leaving(self) -> list[dict[str, Any]]:
+        """Places of workers whose node is about to be taken away."""
+        leaving = cluster.draining() if self.joined else ()
+        return [place for place in self.joined.values() if place["node_id"] in leaving]
 
     def _fault(self) -> str:
         """What ended the attempt, as a clause: the ones that died without a word, not those whose connection to them broke."""
@@ -338,7 +342,8 @@ class Attempt:
 
 def work(config: dict[str, Any]) -> dict[str, Any] | None:
     """What a worker runs. Imported there alone: a driver needs no DeepSpeed."""
-    from launch import worker
+    with startup.importing():
+        from launch import worker
 
     return worker.run(config)
 

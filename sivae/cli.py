@@ -10,8 +10,9 @@ import argparse
 import os
 import sys
 import threading
+from contextlib import nullcontext
 
-from sivae import __version__
+from sivae import __version__, startup
 from sivae.errors import UserError
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 75
@@ -355,7 +356,9 @@ def main(arguments: list[str] | None = None) -> int:
     from sivae.config import ConfigError
 
     try:
-        from sivae import commands
+        # With arguments the process is the caller's, with garbage of its own.
+        with startup.importing() if arguments is None else nullcontext():
+            from sivae import commands
 
         return commands.COMMANDS[options.command](options) or 0
     except (UserError, ConfigError) as error:

@@ -73,7 +73,7 @@ def strict(schema: dict) -> dict:
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    result = {key: strict(value) for key, value in schema.items()}
+    result = {key: strict(value) for key, value in schema.items() if key != "properties"}
     if isinstance(schema.get("properties"), dict):
         result["properties"] = {key: strict(value) for key, value in schema["properties"].items()}
         if "additionalProperties" not in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):

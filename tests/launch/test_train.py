@@ -35,7 +35,9 @@ def test_two_workers_end_with_the_bits_of_torchrun(start, small, undisturbed, tm
     open_to_others = [c for c in listening if c.laddr.ip not in ("127.0.0.1", "::ffff:127.0.0.1", "::1")]
     # torch's rendezvous on rank 0, which knows no other way: under torchrun it is the same.
     assert len(listening) > 8 and len(open_to_others) <= 1, open_to_others
-    assert all(c.pid == worker_pids(process.text)[0] for c in open_to_others), open_to_others
+    workers = worker_pids(process.text)
+    assert all(c.pid == workers[0] for c in open_to_others), open_to_others
+    assert {psutil.Process(pid).nice() for pid in workers.values()} == {psutil.Process().nice()}
     assert process.wait() == 0, process.text
     assert_equal(tensors(tmp_path / "run"), undisturbed())
     # It says which node has which rank, and hands on what rank 0 measures.
