@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sivae import inference, models, objectives
+from sivae.allocator import keep_freed_memory
 from sivae.augment import Augmented
 from sivae.config import Config
 from sivae.distributed import Group
@@ -25,6 +26,8 @@ class TrainingState:
 
     def __init__(self, settings: Config, group: Group, accumulation: int):
         self.settings, self.group = settings, group
+        if group.device.type == "cpu":
+            keep_freed_memory()
         encoder, decoder = build_networks(settings, group.device.type)
         # Copied before DeepSpeed divides the decoder's parameters.
         bootstrap = settings.objective.name == "bootstrap"
