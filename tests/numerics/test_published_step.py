@@ -1,0 +1,53 @@
+"""The yardstick of benchmarks/step.py computes what the published code computed: losses of each recorded step.
+
+pytest tests/numerics/test_published_step.py
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import published
+from tests.numerics.test_golden import FOLDER, LOSS_TOLERANCE, Golden
+
+ORDER = ("z_prior", "eps_real", "eps_rec", "eps_fake", "eps_rec_d", "eps_fake_d")
+
+
+@pytest.mark.parametrize("observes_mean", [False, True])
+@pytest.mark.parametrize("family", ["conv", "mlp"])
+def test_losses_of_the_recorded_steps(family, observes_mean):
+    golden = Golden(FOLDER / f"{family}_soft_intro_vae.npz")
+    settings = golden.found.settings
+    if family == "conv":
+        shape = [settings[name] for name in ("num_channels", "resolution", "channels", "latent_dim")]
+        encoder, decoder = published.ConvEncoder(*shape), published.ConvDecoder(*shape)
+    else:
+        shape = [settings["sample_shape"][0], *(settings[name] for name in ("latent_dim", "num_hidden", "num_layers"))]
+        encoder, decoder = published.PointEncoder(*shape), published.PointDecoder(*shape)
+    for name, network in (("encoder", encoder), ("decoder", decoder)):
+        start = {
+            key.removeprefix(f"init/{name}."): golden.tensor(key)
+            for key in golden.data.files
+            if key.startswith(f"init/{name}.") and not key.endswith("loggamma")
+        }
+        network.load_state_dict(start)
+    hp = {name: golden.hp[name] for name in ("scale", "beta_rec", "beta_kl", "beta_neg", "gamma_r")}
+    step = published.PublishedStep(encoder, decoder, settings["latent_dim"], **hp, observes_mean=observes_mean)
+    for index in range(golden.num_steps):
+        x, draws = golden.step(index)
+        queue = [dataclasses.asdict(draws)[name] for name in ORDER]
+        step.randn = lambda like: queue.pop(0).view_as(like)
+        terms = step(x)
+        assert not queue
+        # The published code keeps the reconstruction error of the decoder phase.
+        for name in ("loss_encoder", "loss_decoder", "kl_real", "exp_elbo_rec", "exp_elbo_fake"):
+            expected = float(golden.tensor(f"step{index}/{name}"))
+            assert terms[name].item() == pytest.approx(expected, rel=LOSS_TOLERANCE), f"{name} of step {index}"
+
+
+def test_a_nan_stops():
+    encoder, decoder = published.PointEncoder(2, 2, 4, 1), published.PointDecoder(2, 2, 4, 1)
+    step = published.PublishedStep(encoder, decoder, 2, scale=0.5, beta_rec=1, beta_kl=1, beta_neg=1)
+    with pytest.raises(RuntimeError, match="NaN"):
+        step(torch.full((2, 2), float("nan")))
