@@ -18,6 +18,7 @@ from sivae.distributed import Group
 from sivae.engines import Engine, freeze
 from sivae.models.style import average_styles
 from sivae.objectives import Draws, Phase, Vae
+from sivae.profiling import span
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def train_step(
 
     freeze(trained=encoder.network, frozen=decoder.network, stage=stage)
     latents = []
-    with average_styles(decoder.network, weights, gate.group.mean):
+    with span("encoder phase"), average_styles(decoder.network, weights, gate.group.mean):
         for index, item in enumerate(passes):
             phase = encoder.phase(
                 lambda: item.weigh(
@@ -128,7 +129,7 @@ def train_step(
             _step(encoder, lr_encoder, gate, "grad_norm_encoder", images_seen, last=index == len(passes) - 1)
 
     freeze(trained=decoder.network, frozen=encoder.network, stage=stage)
-    with average_styles(decoder.network, weights, gate.group.mean):
+    with span("decoder phase"), average_styles(decoder.network, weights, gate.group.mean):
         for index, (item, z) in enumerate(zip(passes, latents)):
             phase = decoder.phase(
                 lambda: item.weigh(
@@ -144,6 +145,7 @@ def train_step(
     return {name: total / len(passes) for name, total in sums.items()} | norms
 
 
+@span("optimizer")
 def _step(engine: Engine, lr: float, gate: FiniteGate, name: str, images_seen: int, last: bool) -> None:
     """Step behind the gate. A loss can be finite and its gradient not: at stage 0 the gate looks at the norm before the step;
     under ZeRO DeepSpeed leaves such a step out by itself, and the gate closes after it."""

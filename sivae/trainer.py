@@ -36,6 +36,7 @@ from sivae.distributed import Group
 from sivae.errors import UserError, shown
 from sivae.evaluator import Evaluator
 from sivae.objectives import Draws
+from sivae.profiling import StepProfile, span
 from sivae.signals import StopSignals
 from sivae.state import TrainingState, peak_memory_bytes
 from sivae.step import NonFinite, Pass, train_step
@@ -52,30 +53,36 @@ Report = Callable[[dict[str, float], str | None], bool | None]
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: `interrupted` when a signal stopped it; `metrics` as last logged; `picture` on rank 0."""
+    """How a run ended: `interrupted` when a signal stopped it; `metrics` as last logged; `picture` on rank 0; `profile` is the
+    table of one that was only to be profiled."""
 
     images_seen: int
     interrupted: bool
     metrics: dict[str, float]
     checkpoint: str | None
     picture: str | None
+    profile: str | None = None
 
 
-def train(settings: Config, report: Report = lambda metrics, name: None) -> Result:
+def train(
+    settings: Config, report: Report = lambda metrics, name: None, profile_steps: int | None = None
+) -> Result:  # fmt: skip
     """Train until `schedule.total_images`, resuming from the newest checkpoint of `run.directory`.
 
     `report(metrics, checkpoint)` is all that an orchestrator sees: called on every rank whenever scalars are logged or a
     checkpoint is saved, with the last metrics and the newest checkpoint's name (None before the first). When it returns True
-    on any rank, the run saves and stops as it does on a signal. Raises UserError or ConfigError with one clear sentence.
+    on any rank, the run saves and stops as it does on a signal. With `profile_steps` only so many steps are taken, and profiled
+    (see `sivae.profiling`), from where the run stands; neither checkpoints nor figures are made. Raises UserError or ConfigError
+    with one clear sentence.
     """
     if settings.run.cpu_threads is not None:
         torch.set_num_threads(settings.run.cpu_threads)
     with distributed.join(settings.run.device) as group:
-        return Trainer(settings, group, report).run()
+        return Trainer(settings, group, report, profile_steps).run()
 
 
 class Trainer:
-    def __init__(self, settings: Config, group: Group, report: Report):
+    def __init__(self, settings: Config, group: Group, report: Report, profile_steps: int | None = None):
         self.settings, self.group, self.report = settings, group, report
         self.levels, self.passes = settings.levels(), settings.passes(group.world_size)
         self.level, self.blend = 0, 1.0  # which of the levels, and how far it has faded in
@@ -93,6 +100,7 @@ class Trainer:
         self.negative_gaps = 0
         self.substituted, self.new_substituted, self.notes_left = 0, 0, MAX_NOTES
         self.stop_asked = False
+        self.profile = StepProfile(profile_steps, group) if profile_steps else None
         if found is not None:
             self._restore(found)
         else:
@@ -109,13 +117,17 @@ class Trainer:
         try:
             with StopSignals() as stop:
                 interrupted = self._loop(stop)
-            if interrupted:
+            if self.profile is not None:
+                table = self._report_profile(interrupted)
+            elif interrupted:
                 self.tracker.note(f"stopped, checkpoint {self.saved.name} saved; run the same command to go on")
             else:
                 self.group.on_main(
                     lambda: self.tracker.hparams(config.dump(self.settings), self.metrics | self.evaluator.figures)
                 )
         except BaseException:
+            if self.profile is not None:
+                self.profile.close()
             try:
                 self.tracker.close()
             except UserError as error:  # the first error is the one to hear about
@@ -125,18 +137,26 @@ class Trainer:
         if self.lock is not None:
             self.lock.close()
         metrics = self.metrics | self.evaluator.figures
-        return Result(self.images_seen, interrupted, metrics, self.saved and self.saved.name, self.picture)
+        return Result(
+            self.images_seen, interrupted, metrics, self.saved and self.saved.name, self.picture, self.profile and table
+        )  # fmt: skip
 
     def _loop(self, stop: StopSignals) -> bool:
         """Train to the end, or until somebody asks to stop; True when interrupted."""
         total, tracking, run = self.settings.schedule.total_images, self.settings.tracking, self.settings.run
+        if self.profile is not None and (total - self.images_seen) < self.profile.total_steps * self.batch_size:
+            raise UserError(
+                f"--profile: takes {self.profile.total_steps} steps of {self.batch_size} images, and {total - self.images_seen:,}"
+                " images are left of the run; lower --profile-steps or raise schedule.total_images",
+                shared=True,
+            )
         if self.images_seen >= total:
             self.tracker.note(
                 f"nothing left to do at {self.images_seen:,} images; raise schedule.total_images to go on"
             )
         elif self.saved is not None:
             self.tracker.note(f"resuming at {self.images_seen:,} images from checkpoint {self.saved.name}")
-        elif run.on_nonfinite == "rollback":
+        elif run.on_nonfinite == "rollback" and self.profile is None:
             self._save()  # something to return to
         if (last := self.levels[self._level_at(total)[0]]) is not self.levels[-1]:
             self.tracker.note(f"the run ends at {last.resolution} pixels, before its schedule reaches the last level")
@@ -155,6 +175,8 @@ class Trainer:
             )
             # A model that is still growing makes images of another size.
             evaluates = batch is not None and self.grown and self.evaluator.due(self.images_seen, self.batch_size, last)
+            if self.profile is not None:
+                saves = evaluates = False  # the run stays where it stands
             if (logs or draws or saves or evaluates or always_looks) and (bad := self.state.gate.read()):
                 self._handle(bad)
                 batches = self.stream.batches(self.images_seen)
@@ -172,7 +194,16 @@ class Trainer:
                 self.stop_asked |= bool(self.report(metrics, self.saved and self.saved.name))
             if batch is None:
                 return True
+            if self.profile is not None and self.profile.step():
+                return False
         return False
+
+    def _report_profile(self, interrupted: bool) -> str | None:
+        if interrupted:
+            self.profile.close()
+            self.tracker.note("stopped before the profile was complete; nothing was saved")
+            return None
+        return self.profile.report(self.folder, self.images_seen, self.batch_size)
 
     # Levels of detail
 
@@ -228,10 +259,12 @@ class Trainer:
         batch, failure, stopping = None, None, stop.requested or self.stop_asked
         if not stopping:
             try:
-                batch = next(batches)
+                with span("data"):
+                    batch = next(batches)
             except UserError as error:
                 failure = error
-        stopping = self.group.agree(stopping or stop.requested, failure)
+        with span("waiting for ranks"):
+            stopping = self.group.agree(stopping or stop.requested, failure)
         self.data_wait_sec += time.monotonic() - start
         if stopping:
             return None
@@ -282,6 +315,7 @@ class Trainer:
             if warmed_up or self._due(settings.objective.target_refresh_images):
                 state.refresh_target()
 
+    @span("batch to device")
     def _passes(self, batch: Batch) -> list[Pass]:
         """This rank's images in accumulation passes, each with the draws of its image numbers."""
         device, model, num_passes = self.group.device, self.settings.model, self.passes[self.level]
@@ -321,7 +355,7 @@ class Trainer:
         run = self.settings.run
         where = f"{' and '.join(bad.terms)} became non-finite at {bad.images_seen:,} images"
         kept = f"checkpoint {self.saved.name} is kept" if self.saved else "there is no checkpoint yet"
-        if run.on_nonfinite == "stop":
+        if run.on_nonfinite == "stop" or self.profile is not None:
             raise UserError(f"{where}; stopped before the step, {kept}; {ADVICE}", shared=True)
         if self.attempt >= run.max_rollbacks:
             raise UserError(
@@ -345,6 +379,7 @@ class Trainer:
         self.steps, self.data_wait_sec, self.interval_start_sec = 0, 0.0, time.monotonic()
         self.interval_start_images = self.images_seen
 
+    @span("logging")
     def _log(self) -> None:
         """Means since the last time, over steps and ranks. The only place where the host reads losses."""
         names = sorted(self.sums)
@@ -386,6 +421,7 @@ class Trainer:
                 " so samples no longer improve; published advice: lower objective.beta_neg"
             )
 
+    @span("pictures")
     def _draw(self) -> None:
         """Real images, reconstructions and samples from the averaged weights; the same images and latents each time."""
         average = self.state.average()
@@ -444,6 +480,7 @@ class Trainer:
             )
         return stream
 
+    @span("checkpoint")
     def _save(self) -> None:
         """Gathered on all ranks, written by rank 0; its failure is raised on all."""
         if self.saved is not None and self.saved.images_seen == self.images_seen:
