@@ -108,12 +108,13 @@ class StepProfile:
         self.count += 1
         if self.count == WARM_UP_STEPS:
             self._wait()
-            self.start_sec, _recorder = time.monotonic(), self.timed
+            self.start_sec, self.start_host_sec, _recorder = time.monotonic(), time.process_time(), self.timed
             _recorder.mark()
         elif self.count == WARM_UP_STEPS + self.num_steps:
             _recorder.mark()
             self._wait()
             self.wall_sec = (time.monotonic() - self.start_sec) / self.num_steps
+            self.host_sec = (time.process_time() - self.start_host_sec) / self.num_steps
             on_gpu = self.group.device.type == "cuda"
             activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
             self.trace = profile(activities=activities, profile_memory=not on_gpu)
@@ -147,7 +148,7 @@ class StepProfile:
         mean = self.group.mean(times).tolist()
         peaks = self.traced.peak_bytes or self._peaks()
         peak = self.group.max(torch.tensor([float(peaks.get(name, 0)) for name in names], device=self.group.device))
-        communication = torch.tensor(self._communication_sec() / TRACED_STEPS, device=self.group.device)
+        communication = torch.tensor(self.communication_sec() / TRACED_STEPS, device=self.group.device)
         communication = self.group.mean(communication).item()
 
         def write() -> str:
@@ -216,7 +217,7 @@ class StepProfile:
         ]
         return sorted((item for item in found if item[1] > 0), key=lambda item: -item[1])
 
-    def _communication_sec(self) -> float:
+    def communication_sec(self) -> float:
         """Of collectives in the traced steps, on the device or, on a CPU, where gloo does them."""
         prefix = "nccl" if self.group.device.type == "cuda" else "gloo:"
         events = self.trace.profiler.kineto_results.events()
