@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import published
+from benchmarks import published, published_style
 from benchmarks.memory import live_and_peak_bytes
 from sivae import config, distributed, images, models, randomness
 from sivae.config import Config
@@ -129,7 +129,7 @@ class PlainState:
 class Theirs:
     """The published step on batches as its loader hands them out: floats on the host."""
 
-    step: published.PublishedStep
+    step: published.PublishedStep | published_style.PublishedStyleStep
     batch: Tensor
     device: torch.device
 
@@ -141,9 +141,18 @@ class Theirs:
         return self.step.encoder, self.step.decoder
 
 
-def published_step(settings: Config, device: torch.device) -> published.PublishedStep:
+def published_step(
+    settings: Config, device: torch.device
+) -> published.PublishedStep | published_style.PublishedStyleStep:
     """For the networks and betas of settings, at the published gamma_r."""
     model, objective = settings.model, settings.objective
+    betas = (objective.scale or 1 / model.num_values, objective.beta_rec, objective.beta_kl, objective.beta_neg)
+    if model.family == "style":
+        widths = models.style.widths(model.resolution, model.base_channels, model.max_channels)
+        return published_style.PublishedStyleStep(
+            model.num_channels, widths, model.latent_dim, model.num_mapping_layers, *betas, device=device, lr=LR,
+            style_mixing=objective.style_mixing,
+        )  # fmt: skip
     if model.family == "conv":
         shape = (model.num_channels, model.resolution, model.channels, model.latent_dim)
         networks = published.ConvEncoder(*shape), published.ConvDecoder(*shape)
@@ -151,8 +160,7 @@ def published_step(settings: Config, device: torch.device) -> published.Publishe
         shape = (model.num_values, model.latent_dim, model.num_hidden, model.num_layers)
         networks = published.PointEncoder(*shape), published.PointDecoder(*shape)
     return published.PublishedStep(
-        *(network.to(device) for network in networks), model.latent_dim, objective.scale or 1 / model.num_values,
-        objective.beta_rec, objective.beta_kl, objective.beta_neg, lr=LR, observes_mean=model.family == "mlp",
+        *(network.to(device) for network in networks), model.latent_dim, *betas, lr=LR, observes_mean=model.family == "mlp"
     )  # fmt: skip
 
 

@@ -85,9 +85,7 @@ class Contender:
 
 def contenders(case: Case) -> list[Contender]:
     """The first is what the others are compared with."""
-    found = []
-    if case.family != "style":
-        found.append(Contender("published", "published"))
+    found = [Contender("published", "published")]
     if case.family == "conv":
         as_published = [*PLAIN, *SAME_MATHS, "model.norm=batch"]
         if "engines" in case.parts:

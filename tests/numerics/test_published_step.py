@@ -5,10 +5,11 @@ pytest tests/numerics/test_published_step.py
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import published
+from benchmarks import published, published_style
 from tests.numerics.test_golden import FOLDER, LOSS_TOLERANCE, Golden
 
 ORDER = ("z_prior", "eps_real", "eps_rec", "eps_fake", "eps_rec_d", "eps_fake_d")
@@ -44,6 +45,43 @@ def test_losses_of_the_recorded_steps(family, observes_mean):
         for name in ("loss_encoder", "loss_decoder", "kl_real", "exp_elbo_rec", "exp_elbo_fake"):
             expected = float(golden.tensor(f"step{index}/{name}"))
             assert terms[name].item() == pytest.approx(expected, rel=LOSS_TOLERANCE), f"{name} of step {index}"
+
+
+def test_losses_of_the_recorded_style_steps():
+    data = np.load(FOLDER / "style_soft_intro_vae.npz")
+    arch = {
+        name: int(data[f"arch/{name}"]) for name in ("startf", "maxf", "layer_count", "latent_size", "mapping_layers")
+    }
+    widths = [min(arch["maxf"], arch["startf"] * 2**i) for i in range(arch["layer_count"] + 1)]
+    hp = {name: float(data[f"hp/{name}"]) for name in ("scale", "beta_rec", "beta_kl", "beta_neg", "gamma_r", "lr")}
+    step = published_style.PublishedStyleStep(
+        3, widths, arch["latent_size"], arch["mapping_layers"], **hp, style_mixing=0, device=torch.device("cpu")
+    )
+    entries = {
+        "discriminator": step.encoder,
+        "generator": step.decoder,
+        "mapping_tl": step.mapping_tl,
+        "mapping_fl": step.mapping_fl,
+    }
+    for entry, network in entries.items():
+        start = f"train_init/{entry}/"
+        network.load_state_dict(
+            {key.removeprefix(start): torch.from_numpy(data[key]) for key in data.files if key.startswith(start)}
+        )
+        network.requires_grad_(True)
+    order = ("z_prior", "eps_real", "eps_rec", "eps_fake", "z_prior_d", "eps_real_d", "eps_rec_d", "eps_fake_d")
+    for index in range(3):
+        queue = [torch.from_numpy(data[f"step{index}/{name}"]) for name in order]
+        step.randn = lambda like: queue.pop(0)
+        losses = step(torch.from_numpy(data[f"step{index}/x"]))
+        assert not queue
+        for name, value in losses.items():
+            assert value.item() == pytest.approx(float(data[f"step{index}/{name}"]), rel=LOSS_TOLERANCE), (name, index)
+        # Noise weights were not trained in the recorded steps.
+        with torch.no_grad():
+            for name, parameter in step.decoder.named_parameters():
+                if "noise_weight" in name:
+                    parameter.zero_()
 
 
 def test_a_nan_stops():
