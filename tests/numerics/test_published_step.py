@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import published, published_style
 from tests.numerics.test_golden import FOLDER, LOSS_TOLERANCE, Golden
+from tests.numerics.test_golden_style import IMAGE_TOLERANCE
 
 ORDER = ("z_prior", "eps_real", "eps_rec", "eps_fake", "eps_rec_d", "eps_fake_d")
 
@@ -82,6 +83,34 @@ def test_losses_of_the_recorded_style_steps():
             for name, parameter in step.decoder.named_parameters():
                 if "noise_weight" in name:
                     parameter.zero_()
+
+
+def test_the_style_encoder_where_kernels_change_the_size():
+    data = np.load(FOLDER / "style_fused_scale.npz")
+    groups = [
+        name.removesuffix("/x") for name in data.files if name.endswith("blend1/x") and data[name].shape[-1] == 128
+    ]
+    levels = sum(key.startswith("init/generator/to_rgb.") and key.endswith("weight") for key in data.files)
+    assert groups and 2 ** (levels + 1) == 128
+    widths = [data[f"init/discriminator/encode_block.{i}.bias_1"].shape[1] for i in range(levels)]
+    widths.append(data[f"init/discriminator/encode_block.{levels - 1}.bias_2"].shape[1])
+    latent_dim = data["init/dlatent_avg/buff"].shape[1]
+    networks = {
+        "discriminator": published_style.Encoder(3, widths, latent_dim),
+        "generator": published_style.Decoder(3, widths, latent_dim),
+        "mapping_tl": published_style.Mapping(latent_dim, 2 * latent_dim, 3),
+    }
+    for entry, network in networks.items():
+        start = f"init/{entry}/"
+        network.load_state_dict(
+            {key.removeprefix(start): torch.from_numpy(data[key]) for key in data.files if key.startswith(start)}
+        )
+    with torch.no_grad():
+        for group in groups:
+            x = torch.from_numpy(data[f"{group}/x"])
+            mu, logvar = networks["mapping_tl"](networks["discriminator"](x)[:, 0]).chunk(2, dim=1)
+            assert np.abs(mu.numpy() - data[f"{group}/mu"]).max() <= IMAGE_TOLERANCE
+            assert np.abs(logvar.numpy() - data[f"{group}/logvar"]).max() <= IMAGE_TOLERANCE
 
 
 def test_a_nan_stops():
