@@ -94,10 +94,10 @@ def test_the_style_encoder_where_kernels_change_the_size():
     assert groups and 2 ** (levels + 1) == 128
     widths = [data[f"init/discriminator/encode_block.{i}.bias_1"].shape[1] for i in range(levels)]
     widths.append(data[f"init/discriminator/encode_block.{levels - 1}.bias_2"].shape[1])
-    latent_dim = data["init/dlatent_avg/buff"].shape[1]
+    latent_dim, channels = data["init/dlatent_avg/buff"].shape[1], int(data["arch/channels"])
     networks = {
-        "discriminator": published_style.Encoder(3, widths, latent_dim),
-        "generator": published_style.Decoder(3, widths, latent_dim),
+        "discriminator": published_style.Encoder(channels, widths, latent_dim),
+        "generator": published_style.Decoder(channels, widths, latent_dim),
         "mapping_tl": published_style.Mapping(latent_dim, 2 * latent_dim, 3),
     }
     for entry, network in networks.items():
