@@ -184,10 +184,13 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             process.answer()
             entry = {"batch_size": batch_size, "sec": []}
             compiled = any("compile=true" in override for override in contender.overrides)
+            start = time.monotonic()
             entry |= {} if compiled else process.ask("counts")  # the counters would take a compiled step apart
-            process.ask(1)
+            slow = time.monotonic() - start > 10  # a second warm-up would be long and change little
+            if not slow:
+                process.ask(1)
             entry |= process.ask("memory")
-            num_steps[contender.name] = max(1, round(options.seconds / process.ask(1)))
+            num_steps[contender.name] = 1 if slow else max(1, round(options.seconds / process.ask(1)))
             processes[contender.name], found["contenders"][contender.name] = process, entry
             print(f"{case.title}: {contender.name}: ready, {num_steps[contender.name]} steps a round", file=sys.stderr)
         found["peaks"] = []
