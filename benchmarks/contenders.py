@@ -21,16 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks import published, published_style
 from benchmarks.memory import live_and_peak_bytes
 from sivae import config, distributed, images, models, randomness
 from sivae.config import Config
 from sivae.distributed import Group
+from sivae.graphs import Graphs
 from sivae.models import published as published_files
 from sivae.objectives import Draws, Phase
-from sivae.state import TrainingState, build_objectives
+from sivae.state import TrainingState, build_graphs, build_objectives
 from sivae.step import FiniteGate, Pass, train_step
 
 LR = 2e-4
@@ -71,7 +72,7 @@ class Ours:
         x = images.to_float(self.pixels.to(self.device, non_blocking=True), low, high)
         terms = train_step(
             self.state.encoder, self.state.decoder, None, self.state.objective, [Pass(x, None, self.draws())], self.state.gate,
-            self.images_seen, lr_encoder=LR, lr_decoder=LR, ema_decay=0.999,
+            self.images_seen, lr_encoder=LR, lr_decoder=LR, ema_decay=0.999, graphs=self.state.graphs(1),
         )  # fmt: skip
         self.images_seen += self.batch_size
         if self.device.type == "cpu" and self.state.gate.read() is not None:  # as the trainer does there
@@ -117,12 +118,15 @@ class PlainState:
     """What `Ours` takes from a TrainingState, over plain engines."""
 
     def __init__(self, settings: Config, group: Group):
-        self.gate = FiniteGate(group)
+        self.settings, self.gate = settings, FiniteGate(group)
         self.objective, _ = build_objectives(settings)
         self.encoder, self.decoder = (
             PlainEngine(network, group, settings.engine.precision, self.gate.found_inf)
             for network in models.build(**settings.model.model_dump())
         )
+
+    def graphs(self, passes: int) -> Graphs:
+        return build_graphs(self.settings, self.encoder.network, self.decoder.network, passes)
 
 
 @dataclass
@@ -211,18 +215,21 @@ def memory(step: Callable[[], Any], device: torch.device) -> dict[str, int]:
 
 def counts(contender: Ours | Theirs) -> dict[str, Any]:
     """FLOPs of a step, and its passes by network and kind; of other layers than convolutions only the FLOPs."""
-    with FlopCounterMode(display=False) as flops, _Passes(contender.networks) as passes:
+    with _Counts(contender.networks) as counted:
         contender()
-    return {"flops": flops.get_total_flops(), "passes": dict(passes.found)}
+    return {"flops": counted.flops, "passes": dict(counted.passes)}
 
 
-class _Passes(TorchDispatchMode):
-    """Counts how often a convolution in the midst of each network is computed, differentiated by its input and by its weights."""
+class _Counts(TorchDispatchMode):
+    """FLOPs; and how often a convolution in the midst of each network is computed, differentiated by its input and by its weights.
+
+    torch's own counter of FLOPs also follows modules, which it cannot while gradients are taken inside of a step.
+    """
 
     def __init__(self, networks: tuple[nn.Module, nn.Module]):
         super().__init__()
-        self.found: Counter[str] = Counter()
-        self.names = {}
+        self.passes: Counter[str] = Counter()
+        self.flops, self.names = 0, {}
         for name, network in zip(("encoder", "decoder"), networks):
             convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
             if convolutions:
@@ -236,11 +243,14 @@ class _Passes(TorchDispatchMode):
             by_input, by_weight, _ = args[10]
             self._count(args[2], "by_input", by_input)
             self._count(args[2], "by_weight", by_weight)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        return result
 
     def _count(self, weight: Tensor, kind: str, happens: bool = True) -> None:
         if happens and weight.data_ptr() in self.names:
-            self.found[f"{self.names[weight.data_ptr()]} {kind}"] += 1
+            self.passes[f"{self.names[weight.data_ptr()]} {kind}"] += 1
 
 
 def peaks(device: torch.device) -> dict[str, float]:

@@ -50,7 +50,7 @@ def measure(settings: Config, batch_size: int, num_steps: int = 2) -> dict[str, 
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocations:
                 train_step(
                     state.encoder, state.decoder, state.target, state.objective, passes, state.gate, step,
-                    lr_encoder=1e-4, lr_decoder=1e-4, ema_decay=0.5,
+                    lr_encoder=1e-4, lr_decoder=1e-4, ema_decay=0.5, graphs=state.graphs(1),
                 )  # fmt: skip
             seconds = time.monotonic() - start
         if state.gate.read() is not None:

@@ -35,6 +35,7 @@ from sivae.distributed import pick_device
 ROOT = Path(__file__).parents[1]
 # Everything that makes a step faster and can be left out, and how it is left out.
 SWITCHES = {
+    "shared forward": ("engine.shared_forward=true", "engine.shared_forward=false"),
     "bfloat16": ("engine.precision=bfloat16", "engine.precision=float32"),
 }
 PLAIN = [off for _, off in SWITCHES.values()]

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sivae.objectives import Decoder, Draws, Encoder, Phase, Vae
+from sivae.graphs import PLAIN, Graphs
+from sivae.objectives import Decoder, Draws, Encoder, Images, Phase, Vae
 
 KINDS = ("color", "translation", "cutout")
 NUM_CALLS = 6  # of the encoder in a step at most: real, reconstructed and sampled images in each phase
@@ -83,17 +84,17 @@ class Augmented:
 
     def encoder_phase(
         self, encoder: Encoder, decoder: Decoder, x: Tensor, draws: Draws, labels: Tensor | None = None,
-        target_decoder: Decoder | None = None,
+        target_decoder: Decoder | None = None, graphs: Graphs = PLAIN,
     ) -> Phase:  # fmt: skip
         encoder = self._before(encoder, draws.augment[:, : NUM_CALLS // 2])
-        return self.objective.encoder_phase(encoder, decoder, x, draws, labels, target_decoder)
+        return self.objective.encoder_phase(encoder, decoder, x, draws, labels, target_decoder, graphs)
 
     def decoder_phase(
         self, encoder: Encoder, decoder: Decoder, x: Tensor, z: Tensor, draws: Draws, labels: Tensor | None = None,
-        target_decoder: Decoder | None = None,
+        target_decoder: Decoder | None = None, graphs: Graphs = PLAIN, images: Images | None = None,
     ) -> Phase:  # fmt: skip
         encoder = self._before(encoder, draws.augment[:, NUM_CALLS // 2 :])
-        return self.objective.decoder_phase(encoder, decoder, x, z, draws, labels, target_decoder)
+        return self.objective.decoder_phase(encoder, decoder, x, z, draws, labels, target_decoder, graphs, images)
 
     def _before(self, encoder: Encoder, uniform: Tensor) -> Encoder:
         parts = iter(uniform.unbind(1))

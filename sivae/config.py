@@ -384,6 +384,10 @@ class EngineSettings(Section):
     recompute_from_pixels: int | None = Field(None, gt=0)
     """Activation checkpointing: blocks that work at so many pixels and above keep only their inputs, and are computed again
     in the backward pass. 1 takes all blocks, None none."""
+    shared_forward: bool | None = None
+    """The decoder's images of the encoder phase serve the decoder phase too: two passes of the decoder less, and the activations
+    of two more in memory. Not for the style family, at zero_stage 3 or with accumulation; None does not do it with
+    recompute_from_pixels either, which is there to save memory."""
     offload_optimizer: bool = False
     """Keep optimizer states in CPU memory. Compiles DeepSpeed's CPU Adam on first use (minutes); needs zero_stage 1 to 3."""
 
@@ -525,6 +529,8 @@ class Config(Section):
             if getattr(self.model, "norm", None) == "batch":
                 # and its running statistics would be averaged twice
                 raise ValueError("engine.recompute_from_pixels: does not go with model.norm=batch; take another norm")
+        if self.engine.shared_forward and (why := self._never_shares_forward()):
+            raise ValueError(f"engine.shared_forward: {why}; remove it")
         if self.schedule.levels:
             levels = self.schedule.levels
             if self.model.family != "style":
@@ -571,6 +577,18 @@ class Config(Section):
             )
             for level in self.schedule.levels or [LevelSettings(resolution=self.model.resolution)]
         ]
+
+    def shares_forward(self, passes: int) -> bool:
+        """Whether one decoder forward serves both phases of a step of so many accumulation passes."""
+        if self._never_shares_forward() or self.engine.shared_forward is False or passes > 1:
+            return False
+        return self.engine.shared_forward or self.engine.recompute_from_pixels is None
+
+    def _never_shares_forward(self) -> str | None:
+        """Why it would not be exact."""
+        if self.model.family == "style":
+            return "the style family draws anew for the decoder phase"
+        return "at zero_stage 3 parameters are not whole" if self.engine.zero_stage == 3 else None
 
     def passes(self, world_size: int) -> list[int]:
         """Accumulation passes per step on `world_size` ranks, for each of `levels`.

@@ -10,10 +10,13 @@ decoder does not change before its phase and z is handed over; the price is one 
 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sivae.graphs import PLAIN, Graphs
 
 Encoder = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 Decoder = Callable[[Tensor, Tensor | None], Tensor]
@@ -44,13 +47,22 @@ class Draws:
         return tuple(field.name for field in fields(Draws) if field.default is MISSING)
 
 
+class Images(NamedTuple):
+    """The decoder's images of a step, with their graph: reconstructions, and samples of the prior where the objective has them."""
+
+    rec: Tensor
+    fake: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Phase:
-    """What a phase returns: the loss to differentiate (a scalar), its detached terms (scalars), and z for the decoder phase."""
+    """What a phase returns: the loss to differentiate (a scalar) and its detached terms (scalars). For the decoder phase also
+    z of the real images, and `Images` where its graphs are shared."""
 
     loss: Tensor
     terms: dict[str, Tensor]
     z: Tensor | None = None
+    images: Images | None = None
 
 
 def kl(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -91,27 +103,30 @@ class Vae:
         return reconstruction_error(target, rec, self.reconstruction)
 
     def _real(
-        self, encoder: Encoder, decoder: Decoder, x: Tensor, draws: Draws, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z of real images, their reconstructions, and the batch means of the ELBO's two terms."""
+        self, encoder: Encoder, decoder: Decoder, x: Tensor, draws: Draws, labels: Tensor | None, graphs: Graphs
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """z of real images, their reconstructions, the batch means of the ELBO's two terms, and the reconstructions for the
+        decoder phase."""
         mu, logvar = encoder(x, labels)
         z = reparameterize(mu, logvar, draws.eps_real)
-        image = decoder(z, labels)
-        return z, image, self.rec(x, image).mean(), kl(mu, logvar).mean()
+        image, kept = graphs.generate(decoder, z, labels)
+        return z, image, self.rec(x, image).mean(), kl(mu, logvar).mean(), kept
 
     def encoder_phase(
         self, encoder: Encoder, decoder: Decoder, x: Tensor, draws: Draws, labels: Tensor | None = None,
-        target_decoder: Decoder | None = None,
+        target_decoder: Decoder | None = None, graphs: Graphs = PLAIN,
     ) -> Phase:  # fmt: skip
-        z, _, rec, kl_real = self._real(encoder, decoder, x, draws, labels)
+        z, _, rec, kl_real, kept = self._real(encoder, decoder, x, draws, labels, graphs)
         loss = self.beta_rec * rec + self.beta_kl * kl_real
-        return Phase(loss, _detach(loss_encoder=loss, rec=rec, kl_real=kl_real), z.detach())
+        terms = _detach(loss_encoder=loss, rec=rec, kl_real=kl_real)
+        return Phase(loss, terms, z.detach(), None if kept is None else Images(kept))
 
     def decoder_phase(
         self, encoder: Encoder, decoder: Decoder, x: Tensor, z: Tensor, draws: Draws, labels: Tensor | None = None,
-        target_decoder: Decoder | None = None,
+        target_decoder: Decoder | None = None, graphs: Graphs = PLAIN, images: Images | None = None,
     ) -> Phase:  # fmt: skip
-        rec = self.rec(x, decoder(z, labels)).mean()
+        """`z` and `images` are those that the encoder phase returned, and `graphs` is the same."""
+        rec = self.rec(x, images.rec if images else decoder(z, labels)).mean()
         loss = self.beta_rec * rec
         return Phase(loss, _detach(loss_decoder=loss, rec_d=rec))
 
@@ -129,25 +144,28 @@ class IntroVae(Vae):
 
     def encoder_phase(
         self, encoder: Encoder, decoder: Decoder, x: Tensor, draws: Draws, labels: Tensor | None = None,
-        target_decoder: Decoder | None = None,
+        target_decoder: Decoder | None = None, graphs: Graphs = PLAIN,
     ) -> Phase:  # fmt: skip
-        fake = decoder(draws.z_prior, labels)
-        z, rec_image, rec, kl_real = self._real(encoder, decoder, x, draws, labels)
+        fake, fake_kept = graphs.generate(decoder, draws.z_prior, labels)
+        z, rec_image, rec, kl_real, rec_kept = self._real(encoder, decoder, x, draws, labels, graphs)
         # Inputs are detached: the encoder is trained to tell images, not to make them.
-        kl_rec = kl(*encoder(rec_image.detach(), labels)).mean()
-        kl_fake = kl(*encoder(fake.detach(), labels)).mean()
+        (kl_rec,) = graphs.term(lambda image: (_mean_kl(encoder, image, labels),), rec_image.detach())
+        (kl_fake,) = graphs.term(lambda image: (_mean_kl(encoder, image, labels),), fake.detach())
         hinge = 0.5 * (F.relu(self.margin - kl_rec) + F.relu(self.margin - kl_fake))
         loss = self.beta_rec * rec + self.beta_kl * (kl_real + self.beta_neg * hinge)
-        return Phase(
-            loss, _detach(loss_encoder=loss, rec=rec, kl_real=kl_real, kl_rec=kl_rec, kl_fake=kl_fake), z.detach()
-        )
+        terms = _detach(loss_encoder=loss, rec=rec, kl_real=kl_real, kl_rec=kl_rec, kl_fake=kl_fake)
+        return Phase(loss, terms, z.detach(), None if rec_kept is None else Images(rec_kept, fake_kept))
 
     def decoder_phase(
         self, encoder: Encoder, decoder: Decoder, x: Tensor, z: Tensor, draws: Draws, labels: Tensor | None = None,
-        target_decoder: Decoder | None = None,
+        target_decoder: Decoder | None = None, graphs: Graphs = PLAIN, images: Images | None = None,
     ) -> Phase:  # fmt: skip
-        fake, rec_image = decoder(draws.z_prior, labels), decoder(z, labels)
-        kl_rec, kl_fake = kl(*encoder(rec_image, labels)).mean(), kl(*encoder(fake, labels)).mean()
+        if images:
+            rec_image, fake = images
+        else:
+            fake, rec_image = decoder(draws.z_prior, labels), decoder(z, labels)
+        (kl_rec,) = graphs.term(lambda image: (_mean_kl(encoder, image, labels),), rec_image)
+        (kl_fake,) = graphs.term(lambda image: (_mean_kl(encoder, image, labels),), fake)
         rec = self.rec(x, rec_image).mean()
         loss = self.beta_rec * rec + self.beta_kl * 0.5 * (kl_rec + kl_fake)
         return Phase(loss, _detach(loss_decoder=loss, rec_d=rec, kl_rec_d=kl_rec, kl_fake_d=kl_fake))
@@ -163,49 +181,51 @@ class SoftIntroVae(Vae):
 
     def encoder_phase(
         self, encoder: Encoder, decoder: Decoder, x: Tensor, draws: Draws, labels: Tensor | None = None,
-        target_decoder: Decoder | None = None,
+        target_decoder: Decoder | None = None, graphs: Graphs = PLAIN,
     ) -> Phase:  # fmt: skip
-        fake = decoder(draws.z_prior, labels)
-        z, rec_image, rec, kl_real = self._real(encoder, decoder, x, draws, labels)
+        fake, fake_kept = graphs.generate(decoder, draws.z_prior, labels)
+        z, rec_image, rec, kl_real, rec_kept = self._real(encoder, decoder, x, draws, labels, graphs)
 
         second = self._second_decoder(decoder, target_decoder)
-        exp_elbo_rec, kl_rec = self._exp_elbo(encoder, second, rec_image, draws.eps_rec, labels)
-        exp_elbo_fake, kl_fake = self._exp_elbo(encoder, second, fake, draws.eps_fake, labels)
+        exp_elbo_rec, kl_rec = graphs.term(
+            lambda image: self._exp_elbo(encoder, second, image, draws.eps_rec, labels), rec_image
+        )
+        exp_elbo_fake, kl_fake = graphs.term(
+            lambda image: self._exp_elbo(encoder, second, image, draws.eps_fake, labels), fake
+        )
         loss = self.scale * (self.beta_rec * rec + self.beta_kl * kl_real) + 0.25 * (exp_elbo_rec + exp_elbo_fake)
         terms = _detach(
             loss_encoder=loss, rec=rec, kl_real=kl_real, kl_rec=kl_rec, kl_fake=kl_fake,
             exp_elbo_rec=exp_elbo_rec, exp_elbo_fake=exp_elbo_fake,
         )  # fmt: skip
-        return Phase(loss, terms, z.detach())
+        return Phase(loss, terms, z.detach(), None if rec_kept is None else Images(rec_kept, fake_kept))
 
     def decoder_phase(
         self, encoder: Encoder, decoder: Decoder, x: Tensor, z: Tensor, draws: Draws, labels: Tensor | None = None,
-        target_decoder: Decoder | None = None,
+        target_decoder: Decoder | None = None, graphs: Graphs = PLAIN, images: Images | None = None,
     ) -> Phase:  # fmt: skip
         z_prior = draws.z_prior
         if draws.z_prior_d is not None:
             z_prior = draws.z_prior_d
             with torch.no_grad():  # the encoder is frozen, and what it makes of real images is given
                 z = reparameterize(*encoder(x, labels), draws.eps_real_d)
-        fake, rec_image = decoder(z_prior, labels), decoder(z, labels)
+        if images:
+            rec_image, fake = images
+        else:
+            fake, rec_image = decoder(z_prior, labels), decoder(z, labels)
         rec = self.rec(x, rec_image).mean()
-        mu_rec, logvar_rec = encoder(rec_image, labels)
-        mu_fake, logvar_fake = encoder(fake, labels)
-        kl_rec, kl_fake = kl(mu_rec, logvar_rec).mean(), kl(mu_fake, logvar_fake).mean()
-        loss = self.beta_rec * rec + 0.5 * self.beta_kl * (kl_rec + kl_fake)
-        terms = dict(rec_d=rec, kl_rec_d=kl_rec, kl_fake_d=kl_fake)
+        second = self._second_decoder(decoder, target_decoder)
+        of_rec, kl_rec, *rec_rec = graphs.term(
+            lambda image: self._generated(encoder, second, image, draws.eps_rec_d, labels), rec_image
+        )
+        of_fake, kl_fake, *rec_fake = graphs.term(
+            lambda image: self._generated(encoder, second, image, draws.eps_fake_d, labels), fake
+        )
+        loss = self.scale * (self.beta_rec * rec + of_rec + of_fake)
+        terms = dict(loss_decoder=loss, rec_d=rec, kl_rec_d=kl_rec, kl_fake_d=kl_fake)
         if self.gamma_r:
-            second = self._second_decoder(decoder, target_decoder)
-            z_rec = reparameterize(mu_rec, logvar_rec, draws.eps_rec_d)
-            z_fake = reparameterize(mu_fake, logvar_fake, draws.eps_fake_d)
-            rec_rec, rec_fake = (
-                self._rec_again(second, rec_image, z_rec, labels),
-                self._rec_again(second, fake, z_fake, labels),
-            )
-            loss = loss + 0.5 * self.gamma_r * self.beta_rec * (rec_rec + rec_fake)
-            terms |= dict(rec_rec_d=rec_rec, rec_fake_d=rec_fake)
-        loss = self.scale * loss
-        return Phase(loss, _detach(loss_decoder=loss, **terms))
+            terms |= dict(rec_rec_d=rec_rec[0], rec_fake_d=rec_fake[0])
+        return Phase(loss, _detach(**terms))
 
     def _exp_elbo(
         self, encoder: Encoder, second: Decoder, image: Tensor, eps: Tensor, labels: Tensor | None
@@ -217,6 +237,18 @@ class SoftIntroVae(Vae):
         error, divergence = self.rec(image, again), kl(mu, logvar)
         # Both are non-negative, so the exponential lies in (0, 1]: it can vanish but not overflow.
         return (-2 * self.scale * (self.beta_rec * error + self.beta_neg * divergence)).exp().mean(), divergence.mean()
+
+    def _generated(
+        self, encoder: Encoder, second: Decoder, image: Tensor, eps: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """What a generated image adds to the decoder's loss, its mean KL, and with `gamma_r` the error of reconstructing it."""
+        mu, logvar = encoder(image, labels)
+        divergence = kl(mu, logvar).mean()
+        added = 0.5 * self.beta_kl * divergence
+        if not self.gamma_r:
+            return added, divergence
+        error = self._rec_again(second, image, reparameterize(mu, logvar, eps), labels)
+        return added + 0.5 * self.gamma_r * self.beta_rec * error, divergence, error
 
     def _second_decoder(self, decoder: Decoder, target_decoder: Decoder | None) -> Decoder:
         """What reconstructs generated images."""
@@ -250,6 +282,10 @@ def build(name: str, num_values: int, scale: float | None = None, **fields) -> V
     if issubclass(objective, SoftIntroVae):
         fields["scale"] = scale or 1 / num_values
     return objective(**fields)
+
+
+def _mean_kl(encoder: Encoder, image: Tensor, labels: Tensor | None) -> Tensor:
+    return kl(*encoder(image, labels)).mean()
 
 
 def _detach(**terms: Tensor) -> dict[str, Tensor]:

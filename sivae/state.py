@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sivae import inference, models, objectives
 from sivae.augment import Augmented
@@ -13,6 +13,7 @@ from sivae.config import Config
 from sivae.distributed import Group
 from sivae.engines import Engine
 from sivae.errors import UserError
+from sivae.graphs import PLAIN, BriefGraphs, Graphs, SharedGraphs
 from sivae.models import recompute
 from sivae.step import FiniteGate
 
@@ -32,7 +33,7 @@ class TrainingState:
         bootstrap = settings.objective.name == "bootstrap"
         self.target = copy.deepcopy(decoder).to(group.device).requires_grad_(False) if bootstrap else None
         self.gate = FiniteGate(group)
-        engine = settings.engine.model_dump(exclude={"micro_batch_size", "recompute_from_pixels"})
+        engine = settings.engine.model_dump(exclude={"micro_batch_size", "recompute_from_pixels", "shared_forward"})
         engine |= {
             "micro_batch_size": 1,  # DeepSpeed only counts with it
             "accumulation": accumulation, "found_inf": self.gate.found_inf,
@@ -46,6 +47,10 @@ class TrainingState:
     def set_objectives(self, beta_neg_factor: float = 1.0) -> None:
         """The objective and the plain VAE's, with `beta_neg` times a factor."""
         self.objective, self.vae = build_objectives(self.settings, beta_neg_factor)
+
+    def graphs(self, passes: int) -> Graphs:
+        """For steps of so many accumulation passes."""
+        return build_graphs(self.settings, self.encoder.network, self.decoder.network, passes)
 
     def tensors(self) -> Tensors:
         """Whole CPU tensors by file and name, as a checkpoint keeps them; for rank 0 alone."""
@@ -117,6 +122,12 @@ def build_objectives(
     low, high = models.VALUE_RANGES[settings.model.family]
     kinds, probability = tuple(settings.objective.augment), settings.objective.augment_probability
     return Augmented(objective, kinds, probability, high - low), Augmented(vae, kinds, probability, high - low)
+
+
+def build_graphs(settings: Config, encoder: nn.Module, decoder: nn.Module, passes: int) -> Graphs:
+    if settings.engine.zero_stage == 3:
+        return PLAIN  # parameters are not whole
+    return (SharedGraphs if settings.shares_forward(passes) else BriefGraphs)(encoder, decoder)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sivae.augment import Augmented
 from sivae.distributed import Group
 from sivae.engines import Engine, freeze
+from sivae.graphs import PLAIN, Graphs
 from sivae.models.style import average_styles
 from sivae.objectives import Draws, Phase, Vae
 from sivae.profiling import span
@@ -98,10 +99,12 @@ class Pass:
 def train_step(
     encoder: Engine, decoder: Engine, target_decoder: nn.Module | None, objective: Vae | Augmented, passes: list[Pass], gate: FiniteGate,
     images_seen: int, lr_encoder: float, lr_decoder: float, ema_decay: float, stage: dict[str, Any] | None = None,
+    graphs: Graphs = PLAIN,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Train both networks on one global batch. Returns this rank's terms, averaged over the passes, on the device.
 
-    `stage` is handed to every call of a network: level and blend of the style family.
+    `stage` is handed to every call of a network: level and blend of the style family. `graphs` changes what is kept in memory
+    and computed twice, and the results by rounding.
     """
     sums: dict[str, Tensor] = {}
     networks = [encoder.network, decoder.network, target_decoder]
@@ -116,24 +119,29 @@ def train_step(
             sums[name] = sums[name] + term if name in sums else term
 
     freeze(trained=encoder.network, frozen=decoder.network, stage=stage)
-    latents = []
+    made = []  # by the encoder phase for the decoder phase
     with span("encoder phase"), average_styles(decoder.network, weights, gate.group.mean):
         for index, item in enumerate(passes):
             phase = encoder.phase(
                 lambda: item.weigh(
-                    objective.encoder_phase(encode, decode, item.x, item.draws, item.labels, decode_target)
+                    objective.encoder_phase(encode, decode, item.x, item.draws, item.labels, decode_target, graphs)
                 )
             )
             note(phase.terms)
-            latents.append(phase.z)
+            made.append((phase.z, phase.images))
+            del phase  # and with it, unless they are shared, the graphs
             _step(encoder, lr_encoder, gate, "grad_norm_encoder", images_seen, last=index == len(passes) - 1)
 
+    graphs.begin_decoder_phase()
     freeze(trained=decoder.network, frozen=encoder.network, stage=stage)
     with span("decoder phase"), average_styles(decoder.network, weights, gate.group.mean):
-        for index, (item, z) in enumerate(zip(passes, latents)):
+        for index, item in enumerate(passes):
+            z, images = made.pop(0)
             phase = decoder.phase(
                 lambda: item.weigh(
-                    objective.decoder_phase(encode, decode, item.x, z, item.draws, item.labels, decode_target)
+                    objective.decoder_phase(
+                        encode, decode, item.x, z, item.draws, item.labels, decode_target, graphs, images
+                    )
                 )
             )
             note(phase.terms)

@@ -30,7 +30,7 @@ from sivae.config import Config
 from sivae.distributed import Group
 from sivae.models import recompute
 from sivae.objectives import Draws, Phase
-from sivae.state import build_objectives
+from sivae.state import build_graphs, build_objectives
 from sivae.step import FiniteGate, Pass, train_step
 
 # What autocast on a GPU computes in float32 and on a CPU does not, of what the networks and losses call.
@@ -100,8 +100,9 @@ def trace_step(
         engines = [_TracedEngine(network, bfloat16, rules) for network in (encoder, decoder)]
         with watch:
             train_step(
-                *engines, target, objective, passes, gate, 0, lr_encoder=1.0, lr_decoder=1.0, ema_decay=0.5, stage=stage
-            )
+                *engines, target, objective, passes, gate, 0, lr_encoder=1.0, lr_decoder=1.0, ema_decay=0.5, stage=stage,
+                graphs=build_graphs(settings, encoder, decoder, num_passes),
+            )  # fmt: skip
         return Trace(micro_batch_size * num_passes, watch.operations(), watch.num_operations(), watch.peak_bytes)
 
 

@@ -301,7 +301,7 @@ class Trainer:
         terms = train_step(
             state.encoder, state.decoder, state.target, state.vae if warm_up else state.objective, self._passes(batch), state.gate,
             start, **self.rates, ema_decay=schedule.ema_decay(end, self.batch_size, ema.halflife_images, ema.rampup_ratio),
-            stage=self._stage(),
+            stage=self._stage(), graphs=state.graphs(self.passes[self.level]),
         )  # fmt: skip
         for name, term in terms.items():
             total_so_far, steps = self.sums.get(name, (0.0, 0))

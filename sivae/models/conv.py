@@ -56,10 +56,10 @@ class ResidualBlock(nn.Module):
         self.norm2 = make_norm(norm, width_out, group_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.leaky_relu(self.norm1(self.conv1(x)), SLOPE)
+        y = F.leaky_relu(self.norm1(self.conv1(x)), SLOPE, inplace=True)
         y = self.conv2(y)
         y = self.norm2(y + self.project(x)) if self.norm_last else self.norm2(y) + self.project(x)
-        return F.leaky_relu(y, SLOPE)
+        return F.leaky_relu(y, SLOPE, inplace=True)
 
 
 def make_blocks(
@@ -102,7 +102,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] in [0, 1], labels int64 [B] -> mu, logvar, each [B, latent_dim]."""
-        x = F.avg_pool2d(F.leaky_relu(self.stem_norm(self.stem(x)), SLOPE), 2)
+        x = F.avg_pool2d(F.leaky_relu(self.stem_norm(self.stem(x)), SLOPE, inplace=True), 2)
         for block in self.blocks[:-1]:
             x = F.avg_pool2d(recompute.call(block, x), 2)
         features = recompute.call(self.blocks[-1], x).flatten(1)

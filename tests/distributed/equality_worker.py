@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from sivae import distributed, models, objectives
 from sivae.engines import Engine, freeze
+from sivae.graphs import PLAIN, BriefGraphs, SharedGraphs
 from sivae.objectives import Draws
 from sivae.step import FiniteGate, Pass, train_step
 
@@ -66,9 +67,11 @@ def engines(objective, group, stage, accumulation):
             )
             for i in mine
         ]  # fmt: skip
+        kind = SharedGraphs if accumulation == 1 else BriefGraphs
         train_step(
-            encoder, decoder, None, objective, passes, gate, index, lr_encoder=2e-4, lr_decoder=2e-4, ema_decay=0.5
-        )
+            encoder, decoder, None, objective, passes, gate, index, lr_encoder=2e-4, lr_decoder=2e-4, ema_decay=0.5,
+            graphs=PLAIN if stage == 3 else kind(encoder.network, decoder.network),
+        )  # fmt: skip
     # The state goes out whole and comes back in unchanged, whatever the stage.
     states = [engine.state_dict() for engine in (encoder, decoder)]
     moments = [engine.optimizer_state_dict() for engine in (encoder, decoder)]

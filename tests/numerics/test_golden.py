@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from sivae import distributed, models, objectives
 from sivae.engines import Engine, freeze
+from sivae.graphs import PLAIN, BriefGraphs, SharedGraphs
 from sivae.models import published
 from sivae.objectives import Draws
 from sivae.step import FiniteGate, Pass, train_step
@@ -115,25 +116,30 @@ def test_there_are_golden_files():
     assert FILES, f"no mlp_*.npz or conv_*.npz in {FOLDER}"
 
 
+@pytest.mark.parametrize("kind", [None, BriefGraphs, SharedGraphs])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_objectives(path):
+def test_objectives(path, kind):
     golden = Golden(path)
     networks = {"encoder": golden.encoder, "decoder": golden.decoder}
     if golden.target is not None:
         networks["target_decoder"] = golden.target
     adams = {name: torch.optim.Adam(networks[name].parameters(), lr=2e-4) for name in ("encoder", "decoder")}
     objective, encoder, decoder = golden.objective, golden.encoder, golden.decoder
+    graphs = kind(encoder, decoder) if kind else PLAIN
 
     def step(index):
         x, draws = golden.step(index)
         freeze(trained=encoder, frozen=decoder)
         adams["encoder"].zero_grad()
-        first = objective.encoder_phase(encoder, decoder, x, draws, target_decoder=golden.target)
+        options = {"target_decoder": golden.target, "graphs": graphs}
+        first = objective.encoder_phase(encoder, decoder, x, draws, **options)
         first.loss.backward()
         adams["encoder"].step()
+        assert (first.images is not None) == (kind is SharedGraphs)
+        graphs.begin_decoder_phase()
         freeze(trained=decoder, frozen=encoder)
         adams["decoder"].zero_grad()
-        second = objective.decoder_phase(encoder, decoder, x, first.z, draws, target_decoder=golden.target)
+        second = objective.decoder_phase(encoder, decoder, x, first.z, draws, images=first.images, **options)
         second.loss.backward()
         adams["decoder"].step()
         return first.terms | second.terms
@@ -156,9 +162,9 @@ def test_objectives(path):
     run_steps(golden.num_steps, step, check, save, restore)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage, kind", [(0, SharedGraphs), (1, BriefGraphs), (2, SharedGraphs), (3, None)])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_engines(path, stage):
+def test_engines(path, stage, kind):
     golden = Golden(path)
     with distributed.join("cpu") as group:
         gate = FiniteGate(group)
@@ -176,6 +182,7 @@ def test_engines(path, stage):
             return train_step(
                 *engines.values(), golden.target, golden.objective, [Pass(x, None, draws)], gate, index,
                 lr_encoder=2e-4, lr_decoder=2e-4, ema_decay=0.0,
+                graphs=kind(golden.encoder, golden.decoder) if kind else PLAIN,
             )  # fmt: skip
 
         def check(index, terms):
