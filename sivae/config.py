@@ -377,8 +377,9 @@ class OptimizerSettings(Section):
 class EngineSettings(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed divides among the ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the networks in autocast; weights, optimizer and losses stay float32."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """bfloat16 runs the networks in autocast; weights, optimizer and losses stay float32. tf32 lets GPUs round the factors of
+    matrix products and convolutions to TensorFloat-32; elsewhere it is float32."""
     micro_batch_size: int | None = Field(None, gt=0)
     """The most images that a rank takes at once; gradients accumulate over passes. None takes the rank's whole share."""
     recompute_from_pixels: int | None = Field(None, gt=0)
@@ -388,6 +389,11 @@ class EngineSettings(Section):
     """The decoder's images of the encoder phase serve the decoder phase too: two passes of the decoder less, and the activations
     of two more in memory. Not for the style family, at zero_stage 3 or with accumulation; None does not do it with
     recompute_from_pixels either, which is there to save memory."""
+    channels_last: bool | None = None
+    """Conv family: keep the activations with channels last. None does so on CPUs, where it is faster, and with compile."""
+    compile: bool = False
+    """torch.compile both networks, on first use (minutes); needs zero_stage 0 to 2 and, on a CPU, a C++ compiler. Results differ by
+    rounding, which is not the same from machine to machine."""
     offload_optimizer: bool = False
     """Keep optimizer states in CPU memory. Compiles DeepSpeed's CPU Adam on first use (minutes); needs zero_stage 1 to 3."""
 
@@ -395,6 +401,8 @@ class EngineSettings(Section):
     def _check(self):
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer: needs zero_stage 1, 2 or 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile: needs zero_stage 0, 1 or 2")
         return self
 
 

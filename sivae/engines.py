@@ -55,10 +55,14 @@ class Engine:
     def __init__(
         self, network: nn.Module, group: Group, *, lr: float, betas: list[float], eps: float, weight_decay: float,
         clip_grad_norm: float | None, zero_stage: int, precision: str, offload_optimizer: bool,
-        micro_batch_size: int, accumulation: int, found_inf: Tensor, eps_hat: bool = False,
+        micro_batch_size: int, accumulation: int, found_inf: Tensor, eps_hat: bool = False, compile: bool = False,
     ):  # fmt: skip
         deepspeed = _import_deepspeed(group.device)
         self.group, self.zero_stage, self.network = group, zero_stage, network.to(group.device)
+        if compile:
+            self.network.compile(dynamic=False)
+        # For the process: both engines have the same.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         wrapped = _PhaseModule(self.network, precision == "bfloat16", group.device.type)
         self.offload = offload_optimizer
         self.eps, self.eps_hat, self.beta2, self.num_steps = eps, eps_hat, betas[1], 0

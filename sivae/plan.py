@@ -18,7 +18,8 @@ from sivae.data import pyramid_level
 from sivae.data.index import Index, NoIndex
 from sivae.data.sources import DRAWN
 from sivae.errors import UserError, shown
-from sivae.step_trace import Trace, build_networks, trace_step
+from sivae.state import build_networks
+from sivae.step_trace import Trace, trace_step
 from sivae.storage import Folder
 
 GIB = 2**30
@@ -31,26 +32,31 @@ REACH_SEC = 10  # for one look at the index of data.url
 
 @dataclass(frozen=True)
 class Gpu:
-    """Makers' figures: memory as torch sees it, about; dense peaks, without sparsity; float32 is TF32 where there is that."""
+    """Makers' figures: memory as torch sees it, about; dense peaks, without sparsity; TF32's is float32's where there is none."""
 
     memory_gib: float
     bytes_per_sec: float
     float32_flops: float
+    tf32_flops: float
     bfloat16_flops: float | None
+
+    def peak_flops(self, precision: str) -> float:
+        """Of products in a precision as engine.precision names it."""
+        return {"float32": self.float32_flops, "tf32": self.tf32_flops, "bfloat16": self.bfloat16_flops}[precision]
 
 
 GPUS = {
-    "v100-16gb": Gpu(15.8, 0.90e12, 15.7e12, None),
-    "v100-32gb": Gpu(31.7, 0.90e12, 15.7e12, None),
-    "a100-40gb": Gpu(39.4, 1.56e12, 156e12, 312e12),
-    "a100-80gb": Gpu(79.2, 2.04e12, 156e12, 312e12),
-    "h100": Gpu(79.1, 3.35e12, 494e12, 989e12),
-    "h200": Gpu(139.8, 4.80e12, 494e12, 989e12),
-    "b200": Gpu(178.3, 8.00e12, 1120e12, 2250e12),
-    "l4": Gpu(22.0, 0.30e12, 60e12, 121e12),
-    "l40s": Gpu(44.4, 0.86e12, 183e12, 362e12),
-    "rtx3090": Gpu(23.6, 0.94e12, 35.6e12, 71e12),
-    "rtx4090": Gpu(23.5, 1.01e12, 82.6e12, 165e12),
+    "v100-16gb": Gpu(15.8, 0.90e12, 15.7e12, 15.7e12, None),
+    "v100-32gb": Gpu(31.7, 0.90e12, 15.7e12, 15.7e12, None),
+    "a100-40gb": Gpu(39.4, 1.56e12, 19.5e12, 156e12, 312e12),
+    "a100-80gb": Gpu(79.2, 2.04e12, 19.5e12, 156e12, 312e12),
+    "h100": Gpu(79.1, 3.35e12, 67e12, 494e12, 989e12),
+    "h200": Gpu(139.8, 4.80e12, 67e12, 494e12, 989e12),
+    "b200": Gpu(178.3, 8.00e12, 80e12, 1120e12, 2250e12),
+    "l4": Gpu(22.0, 0.30e12, 30e12, 60e12, 121e12),
+    "l40s": Gpu(44.4, 0.86e12, 91.6e12, 183e12, 362e12),
+    "rtx3090": Gpu(23.6, 0.94e12, 35.6e12, 35.6e12, 71e12),
+    "rtx4090": Gpu(23.5, 1.01e12, 82.6e12, 82.6e12, 165e12),
 }
 
 
@@ -114,7 +120,7 @@ def make(settings: Config, *, num_gpus: int, gpu_name: str, utilization: float |
 
     last, trace = run[-1], traces[-1]
     heaviest = max(range(len(run)), key=lambda index: traces[index].activation_bytes)
-    peak = gpu.bfloat16_flops if precision == "bfloat16" else gpu.float32_flops
+    peak = gpu.peak_flops(precision)
     usable_bytes = gpu.memory_gib * GIB * (1 - RESERVED)
     memory = _memory(run[heaviest], traces[heaviest], counted, num_gpus, usable_bytes)
     plan = {
@@ -248,8 +254,9 @@ def _seconds(trace: Trace, gpu: Gpu, precision: str, utilization: float, num_par
     """Of one step on one GPU."""
     device = 0.0
     for operation in trace.operations:
-        half = operation.dtype == torch.bfloat16 and precision == "bfloat16"
-        peak = gpu.bfloat16_flops if half else gpu.float32_flops
+        # Of a step in bfloat16, what autocast leaves alone is in float32.
+        in_float32 = precision == "bfloat16" and operation.dtype != torch.bfloat16
+        peak = gpu.peak_flops("float32" if in_float32 else precision)
         device += max(operation.flops / peak, operation.num_bytes / gpu.bytes_per_sec)
     # Adam and the average read and write ten values for each parameter.
     device += 10 * 4 * num_parameters / gpu.bytes_per_sec
@@ -258,7 +265,7 @@ def _seconds(trace: Trace, gpu: Gpu, precision: str, utilization: float, num_par
 
 def _count_parameters(settings: Config) -> dict[str, int]:
     with torch.device("meta"):
-        networks = build_networks(settings)
+        networks = build_networks(settings, "cuda")
     return {
         f"{name}_parameters": sum(parameter.numel() for parameter in getattr(networks, name).parameters())
         for name in ("encoder", "decoder")
@@ -268,7 +275,7 @@ def _count_parameters(settings: Config) -> dict[str, int]:
 def _checkpoint_bytes(settings: Config) -> int:
     """Weights and buffers, their average, Adam's two moments; of bootstrap the target decoder."""
     with torch.device("meta"):
-        networks = build_networks(settings)
+        networks = build_networks(settings, "cuda")
     state = [tensor.numel() * tensor.element_size() for net in networks for tensor in net.state_dict().values()]
     moments = sum(2 * 4 * parameter.numel() for net in networks for parameter in net.parameters())
     target = sum(tensor.numel() * tensor.element_size() for tensor in networks.decoder.state_dict().values())

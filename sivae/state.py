@@ -25,16 +25,14 @@ class TrainingState:
 
     def __init__(self, settings: Config, group: Group, accumulation: int):
         self.settings, self.group = settings, group
-        encoder, decoder = models.build(seed=settings.run.seed, **settings.model.model_dump())
-        if settings.engine.recompute_from_pixels is not None:
-            for network in (encoder, decoder):
-                recompute.mark(network, settings.engine.recompute_from_pixels)
+        encoder, decoder = build_networks(settings, group.device.type)
         # Copied before DeepSpeed divides the decoder's parameters.
         bootstrap = settings.objective.name == "bootstrap"
         self.target = copy.deepcopy(decoder).to(group.device).requires_grad_(False) if bootstrap else None
         self.gate = FiniteGate(group)
-        engine = settings.engine.model_dump(exclude={"micro_batch_size", "recompute_from_pixels", "shared_forward"})
-        engine |= {
+        engine = {
+            "zero_stage": settings.engine.zero_stage, "precision": settings.engine.precision,
+            "offload_optimizer": settings.engine.offload_optimizer, "compile": settings.engine.compile,
             "micro_batch_size": 1,  # DeepSpeed only counts with it
             "accumulation": accumulation, "found_inf": self.gate.found_inf,
         }  # fmt: skip
@@ -106,6 +104,21 @@ class TrainingState:
         """Copy the decoder into the target decoder, where there is one."""
         if self.target is not None:
             self.target.load_state_dict(self.decoder.state_dict())
+
+
+def build_networks(settings: Config, device_type: str) -> models.Networks:
+    """With fresh weights, set up for training on a kind of device."""
+    networks = models.build(seed=settings.run.seed, **settings.model.model_dump())
+    engine = settings.engine
+    last = engine.channels_last
+    if last is None:
+        last = device_type == "cpu" or engine.compile
+    for network in networks:
+        if engine.recompute_from_pixels is not None:
+            recompute.mark(network, engine.recompute_from_pixels)
+        if last and settings.model.family == "conv":
+            network.memory_format = torch.channels_last
+    return networks
 
 
 def build_objectives(

@@ -28,9 +28,8 @@ from sivae import models
 from sivae.augment import NUM_CALLS, NUM_UNIFORMS
 from sivae.config import Config
 from sivae.distributed import Group
-from sivae.models import recompute
 from sivae.objectives import Draws, Phase
-from sivae.state import build_graphs, build_objectives
+from sivae.state import build_graphs, build_networks, build_objectives
 from sivae.step import FiniteGate, Pass, train_step
 
 # What autocast on a GPU computes in float32 and on a CPU does not, of what the networks and losses call.
@@ -78,7 +77,7 @@ def trace_step(
     stage = {"level": models.style.level_of(resolution), "blend": 1.0} if settings.schedule.levels else {}
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
-        encoder, decoder = build_networks(settings)
+        encoder, decoder = build_networks(settings, device_type)
         bootstrap = settings.objective.name == "bootstrap"
         target = models.build(**settings.model.model_dump()).decoder.requires_grad_(False) if bootstrap else None
         gate = FiniteGate(Group(0, 1, torch.device("cpu"), None))
@@ -104,15 +103,6 @@ def trace_step(
                 graphs=build_graphs(settings, encoder, decoder, num_passes),
             )  # fmt: skip
         return Trace(micro_batch_size * num_passes, watch.operations(), watch.num_operations(), watch.peak_bytes)
-
-
-def build_networks(settings: Config) -> models.Networks:
-    """As training has them, with the blocks marked that are computed again."""
-    networks = models.build(**settings.model.model_dump())
-    if settings.engine.recompute_from_pixels is not None:
-        for network in networks:
-            recompute.mark(network, settings.engine.recompute_from_pixels)
-    return networks
 
 
 def example_pass(settings: Config, count: int, resolution: int | None = None) -> Pass:

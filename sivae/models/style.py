@@ -119,7 +119,7 @@ class Mapping(nn.Module):
             x = x * x.square().mean(dim=1, keepdim=True).add(1e-8).rsqrt()
         x = append_labels(x, labels, num_classes)
         for layer in self.layers:
-            x = F.leaky_relu(layer(x), SLOPE)
+            x = F.leaky_relu(layer(x), SLOPE, inplace=True)
         return x
 
 
@@ -157,11 +157,11 @@ class EncoderBlock(nn.Module):
         self.style2 = ScaledLinear(2 * width_out, latent_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.leaky_relu(self.conv1(x) + self.bias1[:, None, None], SLOPE)
+        x = F.leaky_relu(self.conv1(x) + self.bias1[:, None, None], SLOPE, inplace=True)
         style = self.style1(statistics(x))
         x = self.conv2(blur(F.instance_norm(x, eps=1e-5)))
         x = x if self.fused else F.avg_pool2d(x, 2)
-        x = F.leaky_relu(x + self.bias2[:, None, None], SLOPE)
+        x = F.leaky_relu(x + self.bias2[:, None, None], SLOPE, inplace=True)
         return F.instance_norm(x, eps=1e-5), style + self.style2(statistics(x))
 
 
@@ -187,10 +187,10 @@ class DecoderBlock(nn.Module):
             x = x if self.fused else F.interpolate(x, scale_factor=2, mode="nearest")
             x = blur(self.conv1(x))
         x = add_noise(x, self.noise1, noise, count, 2 * self.level)
-        x = F.leaky_relu(x + self.bias1[:, None, None], SLOPE)
+        x = F.leaky_relu(x + self.bias1[:, None, None], SLOPE, inplace=True)
         x = modulate(F.instance_norm(x, eps=1e-8), self.style1(style1))
         x = add_noise(self.conv2(x), self.noise2, noise, count, 2 * self.level + 1)
-        x = F.leaky_relu(x + self.bias2[:, None, None], SLOPE)
+        x = F.leaky_relu(x + self.bias2[:, None, None], SLOPE, inplace=True)
         return modulate(F.instance_norm(x, eps=1e-8), self.style2(style2))
 
 
@@ -278,7 +278,7 @@ class StyleEncoder(nn.Module):
 
     def _from_rgb(self, index: int, x: Tensor) -> Tensor:
         # Published, the leaky ReLU stands here twice.
-        return F.leaky_relu(self.from_rgb[index](x), SLOPE**2)
+        return F.leaky_relu(self.from_rgb[index](x), SLOPE**2, inplace=True)
 
 
 class StyleDecoder(nn.Module):

@@ -32,7 +32,7 @@ class _Features(nn.Module):
         self.block_pixels = [resolution >> (i + 1) for i in range(len(self.blocks))]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.avg_pool2d(F.leaky_relu(self.stem_norm(self.stem(x)), SLOPE), 2)
+        x = F.avg_pool2d(F.leaky_relu(self.stem_norm(self.stem(x)), SLOPE, inplace=True), 2)
         for block in self.blocks[:-1]:
             x = F.avg_pool2d(recompute.call(block, x), 2)
         return recompute.call(self.blocks[-1], x)
@@ -92,8 +92,8 @@ class _AdaptiveBlock(nn.Module):
         self.norm2 = AdaptiveInstanceNorm(width_out, style_dim)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        x = F.leaky_relu(self.norm1(self.conv1(x), style), SLOPE)
-        return F.leaky_relu(self.norm2(self.conv2(x), style), SLOPE)
+        x = F.leaky_relu(self.norm1(self.conv1(x), style), SLOPE, inplace=True)
+        return F.leaky_relu(self.norm2(self.conv2(x), style), SLOPE, inplace=True)
 
 
 class TranslationDecoder(nn.Module):
