@@ -31,7 +31,7 @@ from sivae.distributed import Group
 from sivae.graphs import Graphs
 from sivae.models import published as published_files
 from sivae.objectives import Draws, Phase
-from sivae.state import TrainingState, build_graphs, build_objectives
+from sivae.state import TrainingState, build_graphs, build_networks, build_objectives
 from sivae.step import FiniteGate, Pass, train_step
 
 LR = 2e-4
@@ -92,6 +92,7 @@ class PlainEngine:
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0.0, fused=True)
         self.optimizer.found_inf = found_inf
         self.average = [parameter.detach().clone() for parameter in network.parameters()]
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
     def phase(self, run: Callable[[], Phase]) -> Phase:
         with torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -122,7 +123,7 @@ class PlainState:
         self.objective, _ = build_objectives(settings)
         self.encoder, self.decoder = (
             PlainEngine(network, group, settings.engine.precision, self.gate.found_inf)
-            for network in models.build(**settings.model.model_dump())
+            for network in build_networks(settings, group.device.type)
         )
 
     def graphs(self, passes: int) -> Graphs:

@@ -33,14 +33,29 @@ from benchmarks.digits import machine
 from sivae.distributed import pick_device
 
 ROOT = Path(__file__).parents[1]
-# Everything that makes a step faster and can be left out, and how it is left out.
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A setting that makes a step faster, and how it is left out. `families` that have it; `devices` that gain by it."""
+
+    on: str
+    off: str
+    families: tuple[str, ...] = ("conv", "mlp", "style")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    alone: bool = False
+    """Never together with the others."""
+
+
 SWITCHES = {
-    "shared forward": ("engine.shared_forward=true", "engine.shared_forward=false"),
-    "bfloat16": ("engine.precision=bfloat16", "engine.precision=float32"),
+    "shared forward": Switch("engine.shared_forward=true", "engine.shared_forward=false", ("conv", "mlp")),
+    "channels last": Switch("engine.channels_last=true", "engine.channels_last=false", ("conv",)),
+    "compile": Switch("engine.compile=true", "engine.compile=false"),
+    "tf32": Switch("engine.precision=tf32", "engine.precision=float32", devices=("cuda",), alone=True),
+    "bfloat16": Switch("engine.precision=bfloat16", "engine.precision=float32"),
 }
-PLAIN = [off for _, off in SWITCHES.values()]
+AS_PUBLISHED = "ours, maths as published"
 SAME_MATHS = ["objective.gamma_r=1e-8"]
-PEAKS = ("matrix", "convolution")
 GIB = 2**30
 
 
@@ -77,35 +92,46 @@ CASES = {
 
 @dataclass(frozen=True)
 class Contender:
-    """`kind` is that of benchmarks/contenders.py."""
+    """`kind` is that of benchmarks/contenders.py; `switches` are on, all others off."""
 
     name: str
     kind: str
+    switches: tuple[str, ...] = ()
     overrides: list[str] = field(default_factory=list)
 
+    @property
+    def settings(self) -> list[str]:
+        off = [switch.off for switch in SWITCHES.values()]
+        return [*off, *(SWITCHES[name].on for name in self.switches), *self.overrides]
 
-def contenders(case: Case) -> list[Contender]:
-    """The first is what the others are compared with."""
+
+def contenders(case: Case, wanted: list[str], device_type: str) -> list[Contender]:
+    """The first is what the others are compared with. `wanted` are the switches to look at."""
     found = [Contender("published", "published")]
     if case.family == "conv":
-        as_published = [*PLAIN, *SAME_MATHS, "model.norm=batch"]
+        batch_norm = ["model.norm=batch"]
+        as_published = [*SAME_MATHS, *batch_norm]
         if "engines" in case.parts:
             found += [
-                Contender("ours, maths as published, DeepSpeed left out", "plain", as_published),
-                Contender("ours, maths as published", "ours", as_published),
-                Contender("ours, maths as published, zero_stage 1", "ours", [*as_published, "engine.zero_stage=1"]),
+                Contender(f"{AS_PUBLISHED}, DeepSpeed left out", "plain", (), as_published),
+                Contender(AS_PUBLISHED, "ours", (), as_published),
+                Contender(f"{AS_PUBLISHED}, zero_stage 1", "ours", (), [*as_published, "engine.zero_stage=1"]),
             ]
-        found.append(Contender("ours, BatchNorm", "ours", [*PLAIN, "model.norm=batch"]))
-    found.append(Contender("ours", "ours", PLAIN))
-    everything = [on for on, _ in SWITCHES.values()]
-    if "switches" in case.parts and len(SWITCHES) > 1:
-        for name, (on, _) in SWITCHES.items():
-            found.append(Contender(f"ours + {name}", "ours", [*PLAIN, on]))
-        found.append(Contender("ours + all", "ours", everything))
-        for name, (_, off) in SWITCHES.items():
-            found.append(Contender(f"ours + all but {name}", "ours", [*everything, off]))
+        found.append(Contender("ours, BatchNorm", "ours", (), batch_norm))
+    found.append(Contender("ours", "ours"))
+    there = [
+        name for name in wanted if case.family in SWITCHES[name].families and device_type in SWITCHES[name].devices
+    ]
+    together = tuple(name for name in there if not SWITCHES[name].alone)
+    if "switches" in case.parts:
+        found += [Contender(f"ours + {name}", "ours", (name,)) for name in there]
+        if len(together) > 1:
+            found.append(Contender("ours + all", "ours", together))
+        if len(together) > 2:
+            rest = {name: tuple(other for other in together if other != name) for name in together}
+            found += [Contender(f"ours + all but {name}", "ours", others) for name, others in rest.items()]
     else:
-        found.append(Contender("ours + all", "ours", everything))
+        found.append(Contender("ours + all", "ours", together))
     return found
 
 
@@ -115,7 +141,7 @@ class Process:
     def __init__(self, case: Case, contender: Contender, batch_size: int, options: argparse.Namespace):
         asked = {
             "kind": contender.kind, "config": str(ROOT / "configs" / f"{case.config}.yaml"),
-            "overrides": ["engine.zero_stage=0", *case.overrides, *contender.overrides], "batch_size": batch_size,
+            "overrides": ["engine.zero_stage=0", *case.overrides, *contender.settings], "batch_size": batch_size,
             "device": options.device, "threads": options.threads,
         }  # fmt: skip
         self.log = open(options.log, "a")
@@ -172,21 +198,22 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"contenders": {}, "time": time.strftime("%Y-%m-%d"), "sivae": sivae.__version__, "torch": torch.__version__}  # fmt: skip
     if case.family != "style":
         norm = ["model.norm=batch"] if case.family == "conv" else []
-        asked = Contender("same losses", "same losses", [*PLAIN, *SAME_MATHS, *norm])
+        asked = Contender("same losses", "same losses", (), [*SAME_MATHS, *norm])
         with running(case, asked, case.batch_size or 1, options) as process:
             found["losses"] = process.answer()
     with ExitStack() as stack:
         peaks = stack.enter_context(running(case, Contender("peaks", "peaks"), 0, options))
         peaks.answer()
         processes, num_steps = {}, {}
-        for contender in contenders(case):
+        for contender in contenders(case, options.switches, options.device):
             batch_size = case.batch_size or largest_batch(case, contender, options)
             process = stack.enter_context(running(case, contender, batch_size, options))
             process.answer()
-            entry = {"batch_size": batch_size, "sec": []}
-            compiled = any("compile=true" in override for override in contender.overrides)
+            entry = {"batch_size": batch_size, "sec": [], "switches": contender.switches}
             start = time.monotonic()
-            entry |= {} if compiled else process.ask("counts")  # the counters would take a compiled step apart
+            entry |= (
+                {} if "compile" in contender.switches else process.ask("counts")
+            )  # the counters would take a compiled step apart
             slow = time.monotonic() - start > 10  # a second warm-up would be long and change little
             if not slow:
                 process.ask(1)
@@ -221,9 +248,9 @@ def table(case: Case, found: dict[str, Any]) -> list[str]:
     for name, entry in entries.items():
         speeds = sorted(entry["batch_size"] / sec for sec in entry["sec"])
         ratio = statistics.median(_ratios(entries, first, name))
-        flops = (entry.get("flops") or _flops_of(entries, name)) / entry["batch_size"]
+        flops = (entry.get("flops") or _flops_of(entries, entry)) / entry["batch_size"]
         rate = flops * statistics.median(speeds)
-        kind = "bfloat16" if _has(name, "bfloat16") else "tf32" if _has(name, "tf32") else "float32"
+        kind = next((dtype for dtype in ("bfloat16", "tf32") if dtype in entry["switches"]), "float32")
         cells = [
             _number(statistics.median(speeds)), f"{_number(speeds[0])} to {_number(speeds[-1])}", f"{ratio:.2f}x",
             f"{entry['beyond'] / GIB:.2f}", f"{(entry['held'] + entry['beyond']) / GIB:.2f}", f"{flops / 1e9:,.3g}",
@@ -243,11 +270,11 @@ def table(case: Case, found: dict[str, Any]) -> list[str]:
 
 def _engines(entries: dict[str, Any]) -> list[str]:
     """What DeepSpeed adds to the same step in plain torch."""
-    bare = "ours, maths as published, DeepSpeed left out"
+    bare = f"{AS_PUBLISHED}, DeepSpeed left out"
     if bare not in entries:
         return []
     told = []
-    for name in ("ours, maths as published", "ours, maths as published, zero_stage 1"):
+    for name in (AS_PUBLISHED, f"{AS_PUBLISHED}, zero_stage 1"):
         ratios = sorted(1 / ratio for ratio in _ratios(entries, bare, name))
         stage = 1 if name.endswith("1") else 0
         told.append(
@@ -281,21 +308,13 @@ def _ratios(entries: dict[str, Any], first: str, name: str) -> list[float]:
     ]  # fmt: skip
 
 
-def _has(name: str, switch: str) -> bool:
-    """Whether a contender of this name has a switch on."""
-    return f"+ {switch}" in name or ("+ all" in name and not name.endswith(f"but {switch}"))
-
-
-def _flops_of(entries: dict[str, Any], name: str) -> int:
-    """Of a compiled step, which cannot be counted: those of the step that differs in nothing but that."""
-    shared = _has(name, "shared forward")
+def _flops_of(entries: dict[str, Any], compiled: dict[str, Any]) -> int:
+    """Of a compiled step, which cannot be counted: those of one that makes the same passes."""
     return next(
         entry["flops"]
-        for other, entry in entries.items()
-        if other.startswith("ours")
-        and "," not in other
-        and "flops" in entry
-        and _has(other, "shared forward") == shared
+        for name, entry in entries.items()
+        if name.startswith("ours + ") or name == "ours"
+        if "flops" in entry and ("shared forward" in entry["switches"]) == ("shared forward" in compiled["switches"])
     )
 
 
@@ -307,19 +326,21 @@ HEAD = """\
 # A training step: ours and the published one, {machine}
 
 `python -m benchmarks.step` (sivae {sivae}, torch {torch}); in each table all rows took turns on one machine{clock}.
-*published*: the authors' step written anew operation by operation ([benchmarks/published.py](../published.py)), float32, with
-BatchNorm and two Adams. *ours*: the step of `sivae train` through its DeepSpeed engines, float32, with the recipe's norm
-(GroupNorm) and without the passes that the published `gamma_r` of 1e-8 asks for and rounding swallows; *maths as published* has
-BatchNorm and those passes too. *+ NAME*: with that switch alone; *+ all but NAME*: with all others. Memory: what tensors take
-at the highest in a step, beyond weights, optimizer and averages, and with them; ours keep an average of the weights beside.
+*published*: the authors' step written anew operation by operation ([image and 2D](../published.py),
+[style](../published_style.py)), float32, with BatchNorm (images) and two Adams{tf32}. *ours*: the step of `sivae train` through its
+DeepSpeed engines, every switch off, with the recipe's GroupNorm and without the passes that the published `gamma_r` of 1e-8 asks
+for and rounding swallows; *maths as published* has BatchNorm and those passes too. *+ NAME*: with that switch alone; *+ all but
+NAME*: with all others. Memory: what tensors take at the highest in a step, beyond weights, optimizer and averages, and with them;
+ours keep an average of the weights, published only the style code does. FLOPs of products and convolutions are counted.
 """
 
 
 def write(output: Path, stem: str, results: dict[str, Any], device: torch.device) -> None:
     (output / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
     clock = "; seconds of one CPU thread" if device.type == "cpu" else ""
+    tf32 = "; torch lets a GPU round what its convolutions take to TF32" if device.type == "cuda" else ""
     found = next(iter(results.values()))
-    lines = [HEAD.format(machine=name_of(device), sivae=found["sivae"], torch=found["torch"], clock=clock)]
+    lines = [HEAD.format(machine=name_of(device), sivae=found["sivae"], torch=found["torch"], clock=clock, tf32=tf32)]
     if "conv32" in results:
         lines += [*passes_table(results["conv32"]), ""]
     for name, case in CASES.items():
@@ -335,6 +356,10 @@ def name_of(device: torch.device) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), help="all that the device can do, when not given")
+    parser.add_argument(
+        "--switches", nargs="+", choices=list(SWITCHES),
+        help="to look at; all when not given, but compile on a CPU, which takes minutes there",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each contender in a round, about")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -344,6 +369,7 @@ def main() -> None:
     options = parser.parse_args()
     device = pick_device(options.device)
     options.device = device.type
+    options.switches = options.switches or [name for name in SWITCHES if device.type == "cuda" or name != "compile"]
     chosen = options.cases or [name for name, case in CASES.items() if device.type == "cuda" or not case.needs_gpu]
     stem = "step-" + re.sub(r"[^a-z0-9]+", "-", name_of(device).lower()).strip("-")
     kept = options.output / f"{stem}.json"

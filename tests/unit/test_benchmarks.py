@@ -15,13 +15,13 @@ SMALL = ["model.channels=[8,16]", "model.latent_dim=4", "engine.precision=float3
 
 
 def entry(sec, **more):
-    return {"batch_size": 10, "sec": sec, "flops": 4e9, "held": 2**30, "beyond": 2**31} | more
+    return {"batch_size": 10, "sec": sec, "flops": 4e9, "held": 2**30, "beyond": 2**31, "switches": []} | more
 
 
 def test_a_ratio_is_taken_within_a_round():
     # The machine is four times slower in the second round and the last, for both.
     found = {
-        "contenders": {"published": entry([1.0, 4.0, 1.0, 4.0, 1.0]), "ours + all": entry([0.5, 2.0, 0.5, 2.0, 2.0])},
+        "contenders": {"published": entry([1.0, 4.0, 1.0, 4.0, 1.0]), "ours + all": entry([0.5, 2.0, 0.5, 2.0, 2.0], switches=["bfloat16"])},
         "peaks": [{"convolution float32": 1e10, "convolution bfloat16": 2e10}] * 5, "time": "today",
     }  # fmt: skip
     lines = step.table(step.Case("conv", "cifar10", 10), found)
@@ -33,12 +33,15 @@ def test_a_ratio_is_taken_within_a_round():
 
 def test_counted_passes_and_losses_of_the_first_step():
     """The published step has 32 units; ours with its maths gives its losses, to the last bit or two."""
-    batch_size, maths = 4, ["model.norm=batch", *step.SAME_MATHS, *step.PLAIN]
+    batch_size, maths = 4, ["model.norm=batch", *step.SAME_MATHS, *step.Contender("", "").settings]
     settings = config.load("configs/cifar10.yaml", [*SMALL, *maths])
     with distributed.join("cpu") as group:
         theirs = contenders.counts(contenders.build("published", settings, batch_size, group))
         ours = contenders.counts(contenders.build("ours", settings, batch_size, group))
         losses = contenders.same_losses(settings, batch_size, group)
+        shared = ["model.norm=batch", *step.Contender("", "", ("shared forward",)).settings]
+        shared = config.load("configs/cifar10.yaml", [*SMALL, *shared])
+        shared = contenders.counts(contenders.build("ours", shared, batch_size, group))
         memory = contenders.memory(contenders.build("plain", settings, batch_size, group), group.device)
     assert theirs["passes"] == {
         "encoder forward": 5, "encoder by_input": 5, "encoder by_weight": 3,
@@ -47,8 +50,25 @@ def test_counted_passes_and_losses_of_the_first_step():
     assert theirs == ours and sum(theirs["passes"].values()) == 32
     assert {"loss_encoder", "loss_decoder", "exp_elbo_fake"} <= set(losses)
     assert all(a == pytest.approx(b, rel=1e-5) and math.isfinite(a) for a, b in losses.values())
+    assert sum(shared["passes"].values()) == 24
     # The images of a step at the least: real, and four made in each phase.
     assert memory["beyond"] > 9 * batch_size * 3 * 32**2 * 4
+
+
+def test_every_switch_alone_all_and_all_but_one():
+    names = [contender.name for contender in step.contenders(step.CASES["conv256_b32"], list(step.SWITCHES), "cuda")]
+    assert {"ours + tf32", "ours + compile", "ours + all", "ours + all but shared forward"} <= set(names)
+    assert "ours + all but tf32" not in names
+    for case in step.CASES.values():
+        for contender in step.contenders(case, list(step.SWITCHES), "cuda"):
+            config.load(f"configs/{case.config}.yaml", [*case.overrides, "engine.zero_stage=0", *contender.settings])
+    # A compiled step cannot be counted; it has the FLOPs of one with the same passes.
+    entries = {
+        "published": entry([1]) | {"flops": 9}, "ours": entry([1]) | {"flops": 8},
+        "ours + shared forward": entry([1], switches=["shared forward"]) | {"flops": 7},
+    }  # fmt: skip
+    assert step._flops_of(entries, {"switches": ["compile", "shared forward"]}) == 7
+    assert step._flops_of(entries, {"switches": ["compile"]}) == 8
 
 
 def test_a_term_that_is_missing_or_not_a_number_differs():
