@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +319,7 @@ def _flops_of(entries: dict[str, Any], compiled: dict[str, Any]) -> int:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 HEAD = """\
@@ -360,6 +360,7 @@ def main() -> None:
         "--switches", nargs="+", choices=list(SWITCHES),
         help="to look at; all when not given, but compile on a CPU, which takes minutes there",
     )  # fmt: skip
+    parser.add_argument("--batch-size", type=int, help="instead of the cases' own, for a slow machine")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each contender in a round, about")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -375,9 +376,10 @@ def main() -> None:
     kept = options.output / f"{stem}.json"
     results = json.loads(kept.read_text()) if kept.exists() else {}
     for name in chosen:
-        results[name] = measure(CASES[name], options)
+        case = replace(CASES[name], batch_size=options.batch_size) if options.batch_size else CASES[name]
+        results[name] = measure(case, options)
         write(options.output, stem, results, device)
-        print("\n".join([*table(CASES[name], results[name]), ""]), flush=True)
+        print("\n".join([*table(case, results[name]), ""]), flush=True)
 
 
 if __name__ == "__main__":

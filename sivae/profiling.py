@@ -146,7 +146,7 @@ class StepProfile:
         times[:-1] /= self.num_steps
         slowest = self.group.max(times.clone()).tolist()
         mean = self.group.mean(times).tolist()
-        peaks = self.traced.peak_bytes or self._peaks()
+        peaks = self.timed.peak_bytes if self.group.device.type == "cuda" else self._peaks()
         peak = self.group.max(torch.tensor([float(peaks.get(name, 0)) for name in names], device=self.group.device))
         communication = torch.tensor(self.communication_sec() / TRACED_STEPS, device=self.group.device)
         communication = self.group.mean(communication).item()

@@ -27,7 +27,7 @@ def test_a_ratio_is_taken_within_a_round():
     lines = step.table(step.Case("conv", "cifar10", 10), found)
     ours = [cell.strip() for cell in next(line for line in lines if line.startswith("| ours + all |")).split("|")]
     # Names, images a second (10 in the median 2 seconds), from the slowest to the fastest, against the first, GiB, ...
-    assert ours[2:7] == ["5", "5 to 20", "2.00x", "2.00", "3.00"]
+    assert ours[2:7] == ["5.00", "5.00 to 20.0", "2.00x", "2.00", "3.00"]
     assert ours[9] == "10% of bfloat16"  # 0.4 GFLOP an image, 5 a second, of 20
 
 
