@@ -253,7 +253,7 @@ def table(case: Case, found: dict[str, Any]) -> list[str]:
         kind = next((dtype for dtype in ("bfloat16", "tf32") if dtype in entry["switches"]), "float32")
         cells = [
             _number(statistics.median(speeds)), f"{_number(speeds[0])} to {_number(speeds[-1])}", f"{ratio:.2f}x",
-            f"{entry['beyond'] / GIB:.2f}", f"{(entry['held'] + entry['beyond']) / GIB:.2f}", f"{flops / 1e9:,.3g}",
+            _gib(entry["beyond"]), _gib(entry["held"] + entry["beyond"]), f"{flops / 1e9:,.3g}",
             f"{rate / 1e9:,.0f}", f"{rate / peaks[f'{case.peak} {kind}']:.0%} of {kind}",
         ]  # fmt: skip
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -316,6 +316,10 @@ def _flops_of(entries: dict[str, Any], compiled: dict[str, Any]) -> int:
         if name.startswith("ours + ") or name == "ours"
         if "flops" in entry and ("shared forward" in entry["switches"]) == ("shared forward" in compiled["switches"])
     )
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.3f}" if num_bytes < GIB / 10 else f"{num_bytes / GIB:.2f}"
 
 
 def _number(value: float) -> str:
