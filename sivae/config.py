@@ -392,8 +392,8 @@ class EngineSettings(Section):
     channels_last: bool | None = None
     """Conv family: keep the activations with channels last. None does so on CPUs, where it is faster, and with compile."""
     compile: bool = False
-    """torch.compile both networks, on first use (minutes); needs zero_stage 0 to 2 and, on a CPU, a C++ compiler. Results differ by
-    rounding, which is not the same from machine to machine."""
+    """torch.compile both networks, on first use (minutes); needs zero_stage 0 to 2 and, on a CPU, a C++ compiler. Slower than
+    without on the CPUs where it was measured; results differ by rounding."""
     offload_optimizer: bool = False
     """Keep optimizer states in CPU memory. Compiles DeepSpeed's CPU Adam on first use (minutes); needs zero_stage 1 to 3."""
 

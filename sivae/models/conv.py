@@ -142,8 +142,10 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] in [0, 1], labels int64 [B] -> mu, logvar, each [B, latent_dim]."""
-        x = x.contiguous(memory_format=self.memory_format)
-        x = F.avg_pool2d(F.leaky_relu(self.stem_norm(self.stem(x)), SLOPE, inplace=True), 2)
+        x = self.stem(x.contiguous(memory_format=self.memory_format))
+        # Once more: of one channel both formats are the same, and torch goes on with the first.
+        x = self.stem_norm(x.contiguous(memory_format=self.memory_format))
+        x = F.avg_pool2d(F.leaky_relu(x, SLOPE, inplace=True), 2)
         for block in self.blocks[:-1]:
             x = F.avg_pool2d(recompute.call(block, x), 2)
         features = recompute.call(self.blocks[-1], x).flatten(1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from sivae import models
 from sivae.config import parse_model
-from sivae.models.conv import PixelNorm, ResidualBlock
+from sivae.models.conv import GroupNorm, PixelNorm, ResidualBlock
 
 NORMS = ("batch", "group", "layer", "pixel", "none")
 
@@ -254,3 +254,49 @@ def test_every_parameter_gets_a_gradient(norm):
     for network in (encoder, decoder):
         for name, parameter in network.named_parameters():
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_group_norm_of_bfloat16_is_that_of_float32_rounded(layout):
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = (torch.randn(3, 8, 6, 6, generator=generator).bfloat16().float() for _ in range(2))
+    norm = GroupNorm(2, 8)
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    torch.nn.init.normal_(norm.bias, generator=generator)
+    exact = torch.nn.GroupNorm(2, 8)
+    exact.load_state_dict(norm.state_dict())
+    x.requires_grad_()
+    exact(x).backward(gradient)
+    low = x.detach().bfloat16().contiguous(memory_format=layout).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(low)
+    assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=layout)
+    assert torch.equal(y, exact(x).bfloat16())
+    y.backward(gradient.bfloat16())
+    assert torch.equal(low.grad, x.grad.bfloat16())
+    for ours, theirs in zip(norm.parameters(), exact.parameters()):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    # Frozen, only the image gets a gradient.
+    norm.requires_grad_(False).zero_grad()
+    low.grad = None
+    norm(low).backward(gradient.bfloat16())
+    assert torch.equal(low.grad, x.grad.bfloat16()) and norm.weight.grad is None
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_channels_last_changes_rounding_alone(norm):
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        encoder, decoder = conv(norm=norm)
+        encoder.memory_format = decoder.memory_format = layout
+        layouts = []
+        for network in (encoder, decoder):
+            network.blocks[0].conv1.register_forward_hook(lambda _, inputs, y: layouts.append(y.stride()[1] == 1))
+        x = images(4, seed=1)
+        mu, logvar = encoder(x)
+        image = decoder(mu)
+        assert layouts == [layout is torch.channels_last] * 2
+        (image.square().sum() + logvar.sum()).backward()
+        found.append([image, mu, *(p.grad for network in (encoder, decoder) for p in network.parameters())])
+    for expected, ours in zip(*found):
+        assert (ours - expected).norm() <= 1e-4 * expected.norm()
