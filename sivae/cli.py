@@ -48,6 +48,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="key.path=value",
         help="settings that replace the file's, e.g. schedule.batch_size=64",
     )
+    train.add_argument(
+        "--profile", action="store_true",
+        help="take some steps from where the run stands, tell where their time and memory went (RUN/profile/), and stop; no checkpoint"
+        " is written",
+    )  # fmt: skip
+    train.add_argument(
+        "--profile-steps", type=int, default=10, metavar="N", help="steps that --profile times (default 10)"
+    )
 
     toy2d = add("toy2d", "Train models of a density in the plane, all seeds at once, and judge them.")
     toy2d.add_argument("config", help="YAML file, e.g. configs/toy2d/8gaussians.yaml; path or URL")

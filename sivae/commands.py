@@ -40,11 +40,15 @@ def train(options: argparse.Namespace) -> int:
     from sivae import trainer
 
     settings = config.load(options.config, options.overrides)
+    if options.profile_steps < 1:
+        raise UserError(f"--profile-steps: {options.profile_steps} is not a number of steps")
     try:
-        result = trainer.train(settings)
+        result = trainer.train(settings, profile_steps=options.profile_steps if options.profile else None)
     except torch.OutOfMemoryError as error:
         raise MemoryError(str(error).split(".")[0]) from error
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0 and options.profile:
+        print(result.profile or "", end="")
+    elif int(os.environ.get("RANK", 0)) == 0:
         print(
             f"{result.images_seen:,} images seen; checkpoint {settings.run.directory}/checkpoints/{result.checkpoint}"
         )

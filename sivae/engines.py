@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from sivae.distributed import Group
 from sivae.objectives import Phase
+from sivae.profiling import span
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 REDUCE_BUCKET = 500_000_000  # elements at most, DeepSpeed's default
@@ -154,6 +155,7 @@ class Engine:
 
     # The running average
 
+    @span("averages")
     @torch.no_grad()
     def update_average(self, decay: float) -> None:
         """average = decay * average + (1 - decay) * weights, buffers included. Under ZeRO 3 each rank averages its shard."""

@@ -15,6 +15,7 @@ from sivae.data import Batch
 from sivae.distributed import Group
 from sivae.levels import Levels
 from sivae.objectives import Draws
+from sivae.profiling import span
 from sivae.step import Pass
 
 MAX_NOTES = 20  # lines about damaged samples from one process; the count goes on
@@ -26,6 +27,7 @@ class Inputs:
     def __init__(self, settings: Config, group: Group, levels: Levels):
         self.settings, self.group, self.levels = settings, group, levels
 
+    @span("batch to device")
     def passes(self, batch: Batch, images_seen: int, attempt: int) -> list[Pass]:
         """This rank's images in accumulation passes. images_seen: before the step; attempt: rollbacks, each draws anew."""
         group, model, num_passes = self.group, self.settings.model, self.levels.num_passes

@@ -19,6 +19,7 @@ from sivae.engines import Engine, freeze
 from sivae.graphs import PLAIN, Graphs
 from sivae.models.style import average_styles
 from sivae.objectives import Draws, Phase, Vae
+from sivae.profiling import span
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def train_step(
 
     freeze(trained=encoder.network, frozen=decoder.network, stage=stage)
     made = []  # by the encoder phase for the decoder phase
-    with average_styles(decoder.network, weights, gate.group.mean):
+    with span("encoder phase"), average_styles(decoder.network, weights, gate.group.mean):
         for index, item in enumerate(passes):
             phase = encoder.phase(
                 lambda: item.weigh(
@@ -133,7 +134,7 @@ def train_step(
 
     graphs.begin_decoder_phase()
     freeze(trained=decoder.network, frozen=encoder.network, stage=stage)
-    with average_styles(decoder.network, weights, gate.group.mean):
+    with span("decoder phase"), average_styles(decoder.network, weights, gate.group.mean):
         for index, item in enumerate(passes):
             z, images = made.pop(0)
             phase = decoder.phase(
@@ -152,6 +153,7 @@ def train_step(
     return {name: total / len(passes) for name, total in sums.items()} | norms
 
 
+@span("optimizer")
 def _step(engine: Engine, lr: float, gate: FiniteGate, name: str, images_seen: int, last: bool) -> None:
     """Step behind the gate. A loss can be finite and its gradient not: at stage 0 the gate looks at the norm before the step;
     under ZeRO DeepSpeed leaves such a step out by itself, and the gate closes after it."""

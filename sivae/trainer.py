@@ -28,6 +28,7 @@ from sivae.evaluator import Evaluator
 from sivae.inputs import Inputs, Substitutes
 from sivae.interval import GapWatch, Interval, by_section
 from sivae.levels import Levels
+from sivae.profiling import StepProfile, span
 from sivae.saver import Saved, Saver
 from sivae.signals import StopSignals
 from sivae.state import TrainingState, peak_memory_bytes
@@ -43,31 +44,36 @@ Report = Callable[[dict[str, float], str | None], bool | None]
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: `interrupted` when a signal stopped it; `metrics` as last logged; `picture` on rank 0."""
+    """How a run ended: `interrupted` when a signal stopped it; `metrics` as last logged; `picture` on rank 0; `profile` is the
+    table of one that was only to be profiled."""
 
     images_seen: int
     interrupted: bool
     metrics: dict[str, float]
     checkpoint: str | None
     picture: str | None
+    profile: str | None = None
 
 
-def train(settings: Config, report: Report = lambda metrics, name: None) -> Result:
+def train(
+    settings: Config, report: Report = lambda metrics, name: None, profile_steps: int | None = None
+) -> Result:  # fmt: skip
     """Train until `schedule.total_images`, resuming from the newest checkpoint of `run.directory`.
 
     `report(metrics, checkpoint)` is all that an orchestrator sees: called on every rank whenever scalars are logged, with the
     newest published checkpoint's name (None before the first), and when a checkpoint is published, with the metrics of the
-    moment when it was taken. When it returns True on any rank, the run saves and stops as it does on a signal. Raises
-    UserError or ConfigError with one clear sentence.
+    moment when it was taken. When it returns True on any rank, the run saves and stops as it does on a signal. With
+    `profile_steps` only so many steps are taken, and profiled (see `sivae.profiling`), from where the run stands; neither
+    checkpoints nor figures are made. Raises UserError or ConfigError with one clear sentence.
     """
     if settings.run.cpu_threads is not None:
         torch.set_num_threads(settings.run.cpu_threads)
     with distributed.join(settings.run.device) as group:
-        return Trainer(settings, group, report).run()
+        return Trainer(settings, group, report, profile_steps).run()
 
 
 class Trainer:
-    def __init__(self, settings: Config, group: Group, report: Report):
+    def __init__(self, settings: Config, group: Group, report: Report, profile_steps: int | None = None):
         self.settings, self.group, self.report = settings, group, report
         self.folder = Folder(settings.run.directory, settings.run.storage_options)
         self.lock = None
@@ -84,6 +90,7 @@ class Trainer:
         self.picture: str | None = None
         self.gap, self.substitutes = GapWatch(), Substitutes(group)
         self.stop_asked = False
+        self.profile = StepProfile(profile_steps, group) if profile_steps else None
         # On a CPU the host may look after every step: there it waits for nothing. An offloaded optimizer waits anyway.
         self.always_looks = group.device.type == "cpu" or settings.engine.offload_optimizer
         if found is not None:
@@ -103,7 +110,10 @@ class Trainer:
             with StopSignals() as stop:
                 interrupted = self._loop(stop)
                 self._settle()
-            if interrupted:
+            table = None
+            if self.profile is not None:
+                table = self._report_profile(interrupted)
+            elif interrupted:
                 self.tracker.note(f"stopped, checkpoint {self.saver.newest.name} saved; run the same command to go on")
             else:
                 self.group.on_main(
@@ -111,6 +121,8 @@ class Trainer:
                 )
         except BaseException:
             self.background.close()
+            if self.profile is not None:
+                self.profile.close()
             try:
                 self.tracker.close()
             except UserError as error:  # the first error is the one to hear about
@@ -121,7 +133,7 @@ class Trainer:
         if self.lock is not None:
             self.lock.close()
         metrics, newest = self.metrics | self.evaluator.figures, self.saver.newest
-        return Result(self.images_seen, interrupted, metrics, newest and newest.name, self.picture)
+        return Result(self.images_seen, interrupted, metrics, newest and newest.name, self.picture, table)
 
     def _loop(self, stop: StopSignals) -> bool:
         """Train to the end, or until somebody asks to stop; True when interrupted."""
@@ -144,6 +156,8 @@ class Trainer:
                 and self.levels.grown
                 and self.evaluator.due(self.images_seen, self.levels.batch_size, last)
             )
+            if self.profile is not None:
+                saves = evaluates = False  # the run stays where it stands
             if (logs or draws or saves or evaluates or self.always_looks) and (bad := self.state.gate.read()):
                 self._handle(bad)
                 batches = self.levels.stream.batches(self.images_seen)
@@ -159,17 +173,33 @@ class Trainer:
                 self._report(self.metrics | self.evaluator.figures, self.saver.newest)
             if batch is None:
                 return True
+            if self.profile is not None and self.profile.step():
+                return False
         return False
+
+    def _report_profile(self, interrupted: bool) -> str | None:
+        if interrupted:
+            self.profile.close()
+            self.tracker.note("stopped before the profile was complete; nothing was saved")
+            return None
+        return self.profile.report(self.folder, self.images_seen, self.levels.batch_size)
 
     def _greet(self) -> None:
         total, run, newest = self.settings.schedule.total_images, self.settings.run, self.saver.newest
+        left = total - self.images_seen
+        if self.profile is not None and left < self.profile.total_steps * self.levels.batch_size:
+            raise UserError(
+                f"--profile: takes {self.profile.total_steps} steps of {self.levels.batch_size} images, and {left:,} images"
+                " are left of the run; lower --profile-steps or raise schedule.total_images",
+                shared=True,
+            )
         if self.images_seen >= total:
             self.tracker.note(
                 f"nothing left to do at {self.images_seen:,} images; raise schedule.total_images to go on"
             )
         elif newest is not None:
             self.tracker.note(f"resuming at {self.images_seen:,} images from checkpoint {newest.name}")
-        elif run.on_nonfinite == "rollback":
+        elif run.on_nonfinite == "rollback" and self.profile is None:
             self._save()  # something to return to
             self.saver.settle()
         last, levels = self.levels.at(total)[0], self.levels.levels
@@ -197,10 +227,12 @@ class Trainer:
         batch, failure, stopping = None, None, stop.requested or self.stop_asked
         if not stopping:
             try:
-                batch = next(batches)
+                with span("data"):
+                    batch = next(batches)
             except UserError as error:
                 failure = error
-        stopping, news = self.group.any(stopping or stop.requested, self.saver.has_news, failure=failure)
+        with span("waiting for ranks"):
+            stopping, news = self.group.any(stopping or stop.requested, self.saver.has_news, failure=failure)
         self.interval.data_wait_sec += time.monotonic() - start
         if news:
             self._tell(self.saver.hear())
@@ -247,7 +279,7 @@ class Trainer:
         run, newest = self.settings.run, self.saver.newest
         where = f"{' and '.join(bad.terms)} became non-finite at {bad.images_seen:,} images"
         kept = f"checkpoint {newest.name} is kept" if newest else "there is no checkpoint yet"
-        if run.on_nonfinite == "stop":
+        if run.on_nonfinite == "stop" or self.profile is not None:
             raise UserError(f"{where}; stopped before the step, {kept}; {ADVICE}", shared=True)
         if self.attempt >= run.max_rollbacks:
             raise UserError(
@@ -266,6 +298,7 @@ class Trainer:
 
     # What is told
 
+    @span("logging")
     def _log(self) -> None:
         """Means since the last time, over steps and ranks."""
         terms = self.interval.means(self.group)
@@ -293,6 +326,7 @@ class Trainer:
             self.substitutes.gather()
         return substitutes
 
+    @span("pictures")
     def _draw(self) -> None:
         """Real images, reconstructions and samples from the averaged weights; the same images and latents each time."""
         average = self.state.average()
@@ -339,6 +373,7 @@ class Trainer:
         self.lock = run_directory.lock(self.folder)
         run_directory.prepare(self.folder, self.settings, self.group.world_size)
 
+    @span("checkpoint")
     def _save(self, waits: bool = False) -> bool:
         """Begin a save, after the one before it; `waits` also for this one's end. True when that was told of."""
         if not self.saver.has(self.images_seen):

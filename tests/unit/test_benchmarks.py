@@ -1,0 +1,95 @@
+"""What the benchmarks make of their measurements: ratios, passes, differences of losses, seconds on paper. The measured step is
+the real one: tests/numerics/test_published_step.py holds the yardstick to recorded numbers.
+
+pytest tests/unit/test_benchmarks.py
+"""
+
+import math
+
+import pytest
+
+from benchmarks import contenders, loss_compare, scaling, step
+from sivae import config, distributed
+
+SMALL = ["model.channels=[8,16]", "model.latent_dim=4", "engine.precision=float32"]
+
+
+def entry(sec, **more):
+    return {"batch_size": 10, "sec": sec, "flops": 4e9, "held": 2**30, "beyond": 2**31, "switches": []} | more
+
+
+def test_a_ratio_is_taken_within_a_round():
+    # The machine is four times slower in the second round and the last, for both.
+    found = {
+        "contenders": {"published": entry([1.0, 4.0, 1.0, 4.0, 1.0]), "ours + all": entry([0.5, 2.0, 0.5, 2.0, 2.0], switches=["bfloat16"])},
+        "peaks": [{"convolution float32": 1e10, "convolution bfloat16": 2e10}] * 5, "time": "today",
+    }  # fmt: skip
+    lines = step.table(step.Case("conv", "cifar10", 10), found)
+    ours = [cell.strip() for cell in next(line for line in lines if line.startswith("| ours + all |")).split("|")]
+    # Names, images a second (10 in the median 2 seconds), from the slowest to the fastest, against the first, GiB, ...
+    assert ours[2:7] == ["5.00", "5.00 to 20.0", "2.00x", "2.00", "3.00"]
+    assert ours[9] == "10% of bfloat16"  # 0.4 GFLOP an image, 5 a second, of 20
+
+
+def test_counted_passes_and_losses_of_the_first_step():
+    """The published step has 32 units; ours with its maths gives its losses, to the last bit or two."""
+    batch_size, maths = 4, ["model.norm=batch", *step.SAME_MATHS, *step.Contender("", "").settings]
+    settings = config.load("configs/cifar10.yaml", [*SMALL, *maths])
+    with distributed.join("cpu") as group:
+        theirs = contenders.counts(contenders.build("published", settings, batch_size, group))
+        ours = contenders.counts(contenders.build("ours", settings, batch_size, group))
+        losses = contenders.same_losses(settings, batch_size, group)
+        shared = ["model.norm=batch", *step.Contender("", "", ("shared forward",)).settings]
+        shared = config.load("configs/cifar10.yaml", [*SMALL, *shared])
+        shared = contenders.counts(contenders.build("ours", shared, batch_size, group))
+        memory = contenders.memory(contenders.build("plain", settings, batch_size, group), group.device)
+    assert theirs["passes"] == {
+        "encoder forward": 5, "encoder by_input": 5, "encoder by_weight": 3,
+        "decoder forward": 8, "decoder by_input": 7, "decoder by_weight": 4,
+    }  # fmt: skip
+    assert theirs == ours and sum(theirs["passes"].values()) == 32
+    assert {"loss_encoder", "loss_decoder", "exp_elbo_fake"} <= set(losses)
+    assert all(a == pytest.approx(b, rel=1e-5) and math.isfinite(a) for a, b in losses.values())
+    assert sum(shared["passes"].values()) == 24
+    # The images of a step at the least: real, and four made in each phase.
+    assert memory["beyond"] > 9 * batch_size * 3 * 32**2 * 4
+
+
+def test_every_switch_alone_all_and_all_but_one():
+    names = [contender.name for contender in step.contenders(step.CASES["conv256_b32"], list(step.SWITCHES), "cuda")]
+    assert {"ours + tf32", "ours + compile", "ours + all", "ours + all but shared forward"} <= set(names)
+    assert "ours + all but tf32" not in names
+    for case in step.CASES.values():
+        for contender in step.contenders(case, list(step.SWITCHES), "cuda"):
+            config.load(f"configs/{case.config}.yaml", [*case.overrides, "engine.zero_stage=0", *contender.settings])
+    # A compiled step cannot be counted; it has the FLOPs of one with the same passes.
+    entries = {
+        "published": entry([1]) | {"flops": 9}, "ours": entry([1]) | {"flops": 8},
+        "ours + shared forward": entry([1], switches=["shared forward"]) | {"flops": 7},
+    }  # fmt: skip
+    assert step._flops_of(entries, {"switches": ["compile", "shared forward"]}) == 7
+    assert step._flops_of(entries, {"switches": ["compile"]}) == 8
+
+
+def test_a_term_that_is_missing_or_not_a_number_differs():
+    base = [
+        {"loss/a": 1.0, "loss/b": 2.0, "loss/c": 0.0, "loss/d": 1.0},
+        {"loss/a": 1.0, "loss/b": 2.0, "loss/c": 0.0, "loss/d": 1.0},
+    ]
+    test = [
+        {"loss/a": 1.0, "loss/b": 2.0, "loss/c": 0.0, "loss/d": math.nan},
+        {"loss/a": 1.1, "loss/c": 0.0, "loss/d": 1.0},
+    ]
+    worst = loss_compare.differences(base, test)
+    assert worst["loss/a"] == (pytest.approx(1 / 11), 2)
+    assert worst["loss/b"] == (math.inf, 2)
+    assert worst["loss/c"] == (0.0, 1)
+    assert worst["loss/d"] == (math.inf, 1)
+
+
+def test_seconds_of_a_ring():
+    """1 GB over 400 Gb/s at 80%, nearly twice; within a node over NVLink."""
+    messages = scaling.NUM_REDUCES * 2 * 511 * scaling.HOP_SEC
+    assert scaling.paper_seconds(10**9, 512) == pytest.approx(2 * 511 / 512 / 40 + messages)
+    assert scaling.paper_seconds(10**9, 8) < scaling.paper_seconds(10**9, 16) / 8
+    assert scaling.paper_seconds(10**9, 1) == 0
