@@ -323,7 +323,7 @@ def _gib(num_bytes: float) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:#.3g}"
 
 
 HEAD = """\
@@ -335,8 +335,9 @@ HEAD = """\
 DeepSpeed engines, every switch off, with the recipe's GroupNorm and without the passes that the published `gamma_r` of 1e-8 asks
 for and rounding swallows; *maths as published* has BatchNorm and those passes too. *+ NAME*: with that switch alone; *+ all but
 NAME*: with all others. Memory: what tensors take at the highest in a step, beyond weights, optimizer and averages, and with them;
-ours keep an average of the weights, published only the style code does. FLOPs
-of products and convolutions are counted, of which the published style code makes more: it blurs by convolutions.
+ours keep an average of the weights, published only the style code does. FLOPs of
+products and convolutions are counted, of which the published style code makes more: it blurs by convolutions. The published 2D
+code also reconstructs from mu, to look at it only.
 """
 
 
