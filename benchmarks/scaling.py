@@ -39,7 +39,7 @@ SETTINGS = [
     'data.url="shapes:"', "data.num_workers=1", "model.resolution=32", "model.channels=[32,64,128]", "model.latent_dim=64",
     "tracking.progress=false", "tracking.tensorboard=false", "schedule.total_images=100000", "run.cpu_threads=1",
 ]  # fmt: skip
-STEPS = 8
+STEPS = 5
 COMPUTE = ("encoder phase", "decoder phase", "optimizer", "averages")
 DATA = ("data", "batch to device")
 

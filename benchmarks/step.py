@@ -253,7 +253,7 @@ def table(case: Case, found: dict[str, Any]) -> list[str]:
         kind = next((dtype for dtype in ("bfloat16", "tf32") if dtype in entry["switches"]), "float32")
         cells = [
             _number(statistics.median(speeds)), f"{_number(speeds[0])} to {_number(speeds[-1])}", f"{ratio:.2f}x",
-            _gib(entry["beyond"]), _gib(entry["held"] + entry["beyond"]), f"{flops / 1e9:,.3g}",
+            _gib(entry["beyond"]), _gib(entry["held"] + entry["beyond"]), _number(flops / 1e9),
             f"{rate / 1e9:,.0f}", f"{rate / peaks[f'{case.peak} {kind}']:.0%} of {kind}",
         ]  # fmt: skip
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -323,7 +323,7 @@ def _gib(num_bytes: float) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:#.3g}"
 
 
 HEAD = """\
@@ -335,7 +335,9 @@ HEAD = """\
 DeepSpeed engines, every switch off, with the recipe's GroupNorm and without the passes that the published `gamma_r` of 1e-8 asks
 for and rounding swallows; *maths as published* has BatchNorm and those passes too. *+ NAME*: with that switch alone; *+ all but
 NAME*: with all others. Memory: what tensors take at the highest in a step, beyond weights, optimizer and averages, and with them;
-ours keep an average of the weights, published only the style code does. FLOPs of products and convolutions are counted.
+ours keep an average of the weights, published only the style code does. FLOPs of
+products and convolutions are counted, of which the published style code makes more: it blurs by convolutions. The published 2D
+code also reconstructs from mu, to look at it only.
 """
 
 
