@@ -201,6 +201,7 @@ def main() -> None:
     places = gpus or os.cpu_count()
     name = f"{gpus} {torch.cuda.get_device_name(0)}" if gpus else machine()
     lines = [f"# Scaling: {time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}", ""]
+    load = os.getloadavg()[0]
     lines += [
         f"`python -m benchmarks.scaling`, medians of {options.rounds} rounds. Measured with a small convolutional model at 32 pixels, one"
         f" thread a process, {'NCCL' if gpus else 'gloo over loopback'}; shares are those of rank 0's step. *Of what its processors"
@@ -208,7 +209,8 @@ def main() -> None:
         " they take turns: that row shows what sharing costs, not how a larger machine scales. *Communication* is an all-reduce of the"
         " same bytes that all begin together; *waiting* what the step's collectives took beyond it, much of which is a rank that the"
         " machine let wait. *CPU ms an image*: of all ranks together, which others on the machine hardly change: how much more work it"
-        " is to do it in parts. In strong scaling a rank's share of the batch shrinks.",
+        f" is to do it in parts. When this began, other work kept a load of {load:.1f}: above that of the cores left free, images a second"
+        " and waiting tell more of that work than of this. In strong scaling a rank's share of the batch shrinks.",
         "",
     ]
     for kind in ("weak", "strong"):
