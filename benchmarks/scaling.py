@@ -62,7 +62,7 @@ once a step; between the {NODE} GPUs of a node {LINKS["NVLink"] / 1e9:.0f} GB/s 
 one ring through all GPUs for each network, which moves 2 (n - 1) / n of the bytes over its slowest link, in 2 (n - 1) messages of
 {HOP_SEC * 1e6:.0f} microseconds each; ranks whose step times vary by {SPREAD:.0%}, so that the slowest of n is sqrt(2 ln n) times that late; data that is
 always there (docs/streaming.md has those sums). *One after the other*: gradients travel when a phase's backward pass is done, as
-the engines do it. *Overlapped*: they travel during it, the bound that no schedule of messages passes. NCCL's trees, which replace
+the engines do it at zero_stage 0. *Overlapped*: they travel during it, the bound that no schedule of messages passes. NCCL's trees, which replace
 the ring where messages are many, are left out, so 512 GPUs are rather judged too low."""
 
 
@@ -201,6 +201,7 @@ def main() -> None:
     places = gpus or os.cpu_count()
     name = f"{gpus} {torch.cuda.get_device_name(0)}" if gpus else machine()
     lines = [f"# Scaling: {time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}", ""]
+    load = os.getloadavg()[0]
     lines += [
         f"`python -m benchmarks.scaling`, medians of {options.rounds} rounds. Measured with a small convolutional model at 32 pixels, one"
         f" thread a process, {'NCCL' if gpus else 'gloo over loopback'}; shares are those of rank 0's step. *Of what its processors"
@@ -208,7 +209,8 @@ def main() -> None:
         " they take turns: that row shows what sharing costs, not how a larger machine scales. *Communication* is an all-reduce of the"
         " same bytes that all begin together; *waiting* what the step's collectives took beyond it, much of which is a rank that the"
         " machine let wait. *CPU ms an image*: of all ranks together, which others on the machine hardly change: how much more work it"
-        " is to do it in parts. In strong scaling a rank's share of the batch shrinks.",
+        f" is to do it in parts. When this began, other work kept a load of {load:.1f}: above that of the cores left free, images a second"
+        " and waiting tell more of that work than of this. In strong scaling a rank's share of the batch shrinks.",
         "",
     ]
     for kind in ("weak", "strong"):

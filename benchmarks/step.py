@@ -330,6 +330,7 @@ HEAD = """\
 # A training step: ours and the published one, {machine}
 
 `python -m benchmarks.step` (sivae {sivae}, torch {torch}); in each table all rows took turns on one machine{clock}.
+Lowest and highest of the rounds tell how quiet the machine was.
 *published*: the authors' step written anew operation by operation ([image and 2D](../published.py),
 [style](../published_style.py)), float32, with BatchNorm (images) and two Adams{tf32}. *ours*: the step of `sivae train` through its
 DeepSpeed engines, every switch off, with the recipe's GroupNorm and without the passes that the published `gamma_r` of 1e-8 asks
