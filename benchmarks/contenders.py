@@ -31,6 +31,7 @@ from sivae.distributed import Group
 from sivae.graphs import Graphs
 from sivae.models import published as published_files
 from sivae.objectives import Draws, Phase
+from sivae.stacked_step import StackedModels
 from sivae.state import TrainingState, build_graphs, build_networks, build_objectives
 from sivae.step import FiniteGate, Pass, train_step
 
@@ -130,6 +131,26 @@ class PlainState:
         return build_graphs(self.settings, self.encoder.network, self.decoder.network, passes)
 
 
+class OfPoints:
+    """The step of `sivae toy2d` for one model: `sivae.stacked_step`, without DeepSpeed."""
+
+    networks = ()
+
+    def __init__(self, settings: Config, batch_size: int, device: torch.device):
+        self.settings, self.batch_size, self.device, self.images_seen = settings, batch_size, device, 0
+        dtype = torch.bfloat16 if settings.engine.precision == "bfloat16" else torch.float32
+        self.stack = StackedModels([models.build(**settings.model.model_dump())], LR, dtype, device)
+        self.objective, _ = build_objectives(settings)
+        self.batch = torch.rand(1, batch_size, settings.model.num_values)
+
+    def __call__(self) -> dict[str, Tensor]:
+        numbers = range(self.images_seen, self.images_seen + self.batch_size)
+        draws = randomness.step_draws(0, numbers, self.settings.model.latent_dim, self.device)
+        self.images_seen += self.batch_size
+        x = self.batch.to(self.device, non_blocking=True)
+        return self.stack.step(self.objective, x, Draws(*(getattr(draws, name)[None] for name in Draws.names())))
+
+
 @dataclass
 class Theirs:
     """The published step on batches as its loader hands them out: floats on the host."""
@@ -169,8 +190,10 @@ def published_step(
     )  # fmt: skip
 
 
-def build(kind: str, settings: Config, batch_size: int, group: Group) -> Ours | Theirs:
+def build(kind: str, settings: Config, batch_size: int, group: Group) -> Ours | OfPoints | Theirs:
     torch.manual_seed(0)
+    if kind == "points":
+        return OfPoints(settings, batch_size, group.device)
     if kind == "published":
         shape = settings.model.sample_shape if settings.model.family == "mlp" else None
         shape = shape or (settings.model.num_channels, settings.model.resolution, settings.model.resolution)
@@ -214,7 +237,7 @@ def memory(step: Callable[[], Any], device: torch.device) -> dict[str, int]:
     return {"held": sum(storages.values()), "beyond": live_and_peak_bytes(allocations)[1]}
 
 
-def counts(contender: Ours | Theirs) -> dict[str, Any]:
+def counts(contender: Ours | OfPoints | Theirs) -> dict[str, Any]:
     """FLOPs of a step, and its passes by network and kind; of other layers than convolutions only the FLOPs."""
     with _Counts(contender.networks) as counted:
         contender()

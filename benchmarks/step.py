@@ -132,6 +132,9 @@ def contenders(case: Case, wanted: list[str], device_type: str) -> list[Contende
             found += [Contender(f"ours + all but {name}", "ours", others) for name, others in rest.items()]
     else:
         found.append(Contender("ours + all", "ours", together))
+    if case.family == "mlp":
+        found.append(Contender("ours, sivae toy2d", "points"))
+        found.append(Contender("ours, sivae toy2d + bfloat16", "points", ("bfloat16",)))
     return found
 
 
