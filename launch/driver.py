@@ -34,10 +34,17 @@ def say(text: str) -> None:
     print(text if own else f"launch.train: {text}", file=sys.stderr, flush=True)
 
 
-def tell(metrics: dict[str, float], checkpoint: str | None) -> None:
-    named = {name.split("/")[-1]: value for name, value in metrics.items()}
-    values = ", ".join(f"{short} {named[name]:.4g}" for name, short in SHOWN.items() if name in named)
-    say(", ".join(filter(None, (values, checkpoint and f"checkpoint {checkpoint}"))))
+class Teller:
+    """A line for each report. A checkpoint is published after its metrics were logged, and then named alone."""
+
+    def __init__(self):
+        self.told: dict[str, float] = {}
+
+    def __call__(self, metrics: dict[str, float], checkpoint: str | None) -> None:
+        named = {} if metrics == self.told else {name.split("/")[-1]: value for name, value in metrics.items()}
+        values = ", ".join(f"{short} {named[name]:.4g}" for name, short in SHOWN.items() if name in named)
+        self.told = metrics
+        say(", ".join(filter(None, (values, checkpoint and f"checkpoint {checkpoint}"))))
 
 
 def drive(arguments: list[str]) -> int:
@@ -57,7 +64,7 @@ def drive(arguments: list[str]) -> int:
     run = Run(
         settings, numbers, Need(options.cpus_per_worker, float(gpus), options.placement),
         Limits(options.wait if options.address else 0.0, options.grow_every, options.max_failures),
-        say=say, on_report=tell, on_failure=lambda n: count and count.write_text(str(n)), cache_dir=options.cache_dir, failures=failures,
+        say=say, on_report=Teller(), on_failure=lambda n: count and count.write_text(str(n)), cache_dir=options.cache_dir, failures=failures,
     )  # fmt: skip
     _stop_on_signals(run)
     outcome = _in_thread(run)
