@@ -30,7 +30,6 @@ from sivae.profiling import span
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 REDUCE_BUCKET = 500_000_000  # elements at most, DeepSpeed's default
-NUM_BUCKETS = 4
 
 
 class _PhaseModule(nn.Module):
@@ -77,12 +76,9 @@ class Engine:
                 wrapped.parameters(), lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True
             )
             optimizer.found_inf = found_inf
-        # The buffer that gradients are reduced in is allocated whole: by default 2 GB for each network, however small. A few of
-        # them, because the first is full, and on its way to the other ranks, while backward fills the next.
-        bucket = min(REDUCE_BUCKET, -(-sum(parameter.numel() for parameter in wrapped.parameters()) // NUM_BUCKETS))
+        # The buffer that gradients are reduced in is allocated whole: by default 2 GB for each network, however small.
+        bucket = min(REDUCE_BUCKET, sum(parameter.numel() for parameter in wrapped.parameters()))
         zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": bucket}
-        if zero_stage in (1, 2):
-            zero["overlap_comm"] = group.device.type == "cuda"
         if offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": group.device.type == "cuda"}
         settings = {

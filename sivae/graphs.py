@@ -42,8 +42,17 @@ class BriefGraphs(Graphs):
         self.encoder, self.decoder = encoder, decoder
 
     def term(self, compute: Term, image: Tensor) -> tuple[Tensor, ...]:
-        parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        return _Term.apply(compute, image, *(p for p in parameters if p.requires_grad))
+        leaf = image.detach().requires_grad_(image.requires_grad)
+        with torch.enable_grad():
+            value, *others = compute(leaf)
+        networks = (self.encoder, self.decoder)
+        tensors = [leaf, *(parameter for network in networks for parameter in network.parameters())]
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        gradients = torch.autograd.grad(value, wanted, allow_unused=True)
+        # Only what the term depends on: DeepSpeed would look for a gradient of the others.
+        used = [(image if t is leaf else t, gradient) for t, gradient in zip(wanted, gradients) if gradient is not None]
+        inputs, gradients = zip(*used) if used else ((), ())
+        return _Given.apply(value.detach(), gradients, *inputs), *(other.detach() for other in others)
 
 
 class SharedGraphs(BriefGraphs):
@@ -84,27 +93,19 @@ class SharedGraphs(BriefGraphs):
         self._moves = []
 
 
-class _Term(torch.autograd.Function):
-    """compute(image) and, at once, the gradient of its first result by image and parameters."""
+class _Given(torch.autograd.Function):
+    """A value whose gradients by its inputs are known."""
 
     @staticmethod
-    def forward(ctx, compute: Term, image: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        leaf = image.detach().requires_grad_(ctx.needs_input_grad[1])
-        with torch.enable_grad():
-            value, *others = compute(leaf)
-            wanted = [tensor for tensor in (leaf, *parameters) if tensor.requires_grad]
-            ctx.gradients = list(torch.autograd.grad(value, wanted, allow_unused=True))
-        if not leaf.requires_grad:
-            ctx.gradients.insert(0, None)
-        others = tuple(other.detach() for other in others)
-        ctx.mark_non_differentiable(*others)
-        return value.detach(), *others
+    def forward(ctx, value: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor | None, ...]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        torch._foreach_mul_([found for found in gradients if found is not None], gradient)
-        return None, *gradients
+        torch._foreach_mul_(gradients, gradient)
+        return None, None, *gradients
 
 
 class _Kept(torch.autograd.Function):

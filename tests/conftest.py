@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+import sivae.stacked_step
+import sivae.state
+
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
@@ -14,6 +17,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was(monkeypatch):
+    """What training in a test would leave to the tests after it: DeepSpeed's linear layer of ZeRO 3, an allocator that keeps all."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
+    for module in (sivae.state, sivae.stacked_step):
+        monkeypatch.setattr(module, "keep_freed_memory", lambda: None)
 
 
 @pytest.fixture(scope="session")

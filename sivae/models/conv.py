@@ -36,7 +36,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 or torch.compiler.is_compiling():
+        if x.dtype == self.weight.dtype or torch.compiler.is_compiling():
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             if x.device.type == "cpu":

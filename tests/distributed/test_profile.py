@@ -109,7 +109,7 @@ def test_two_ranks_and_a_run_directory_on_s3(overrides, monkeypatch):
         }  # fmt: skip
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        store = fsspec.filesystem("s3")
+        store = fsspec.filesystem("s3", skip_instance_cache=True)
         store.mkdir("profiled")
         command = ["train", "configs/digits.yaml", "run.directory=s3://profiled/run", *overrides]
         done = run_sivae([*command, "--profile", "--profile-steps", "3"], ranks=2)
