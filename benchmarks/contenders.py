@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks import published, published_style
 from benchmarks.memory import live_and_peak_bytes
-from sivae import config, distributed, images, models, randomness
+from sivae import allocator, config, distributed, images, models, randomness
 from sivae.config import Config
 from sivae.distributed import Group
 from sivae.graphs import Graphs
@@ -121,6 +121,8 @@ class PlainState:
 
     def __init__(self, settings: Config, group: Group):
         self.settings, self.gate = settings, FiniteGate(group)
+        if group.device.type == "cpu":  # as a TrainingState does
+            allocator.keep_freed_memory()
         self.objective, _ = build_objectives(settings)
         self.encoder, self.decoder = (
             PlainEngine(network, group, settings.engine.precision, self.gate.found_inf)

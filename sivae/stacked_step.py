@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sivae import objectives
-from sivae.allocator import keep_freed_memory
+from sivae import allocator, objectives
 from sivae.models.stack import MlpStack, forward
 from sivae.objectives import Draws, IntroVae, SoftIntroVae, Vae
 
@@ -29,7 +28,7 @@ class StackedModels:
     def __init__(self, networks, lr: float, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         """networks: pairs (encoder, decoder), one for each model; they stay as they are."""
         if torch.device(device).type == "cpu":
-            keep_freed_memory()
+            allocator.keep_freed_memory()
         self.encoder, self.decoder = (
             MlpStack([network.to(device) for network in column], dtype) for column in zip(*networks)
         )

@@ -7,8 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from sivae import inference, models, objectives
-from sivae.allocator import keep_freed_memory
+from sivae import allocator, inference, models, objectives
 from sivae.augment import Augmented
 from sivae.config import Config
 from sivae.distributed import Group
@@ -27,7 +26,7 @@ class TrainingState:
     def __init__(self, settings: Config, group: Group, accumulation: int):
         self.settings, self.group = settings, group
         if group.device.type == "cpu":
-            keep_freed_memory()
+            allocator.keep_freed_memory()
         encoder, decoder = build_networks(settings, group.device.type)
         # Copied before DeepSpeed divides the decoder's parameters.
         bootstrap = settings.objective.name == "bootstrap"

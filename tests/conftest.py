@@ -5,8 +5,7 @@ import os
 import pytest
 import torch
 
-import sivae.stacked_step
-import sivae.state
+from sivae import allocator
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
@@ -23,8 +22,7 @@ def pytest_collection_modifyitems(items):
 def process_as_it_was(monkeypatch):
     """What training in a test would leave to the tests after it: DeepSpeed's linear layer of ZeRO 3, an allocator that keeps all."""
     monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
-    for module in (sivae.state, sivae.stacked_step):
-        monkeypatch.setattr(module, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)
 
 
 @pytest.fixture(scope="session")
