@@ -23,7 +23,7 @@ from digits import machine
 
 import sivae
 from sivae import config, images, outliers, trainer
-from sivae.config import VaeObjective
+from sivae.config.objective import VaeObjective
 from sivae.data import open_stream
 from sivae.data.pack import pack
 from sivae.inference import Model

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sivae import config, models, schedule
+from sivae import models, schedule
 from sivae.config import Config
+from sivae.config.run import LevelSettings
 from sivae.data import ImageStream, open_stream
 from sivae.distributed import Group
 from sivae.errors import UserError, shown
@@ -22,7 +23,7 @@ class Levels:
         self.streams = group.together(lambda: [self._open_stream(level, group) for level in self.levels])
 
     @property
-    def level(self) -> config.LevelSettings:
+    def level(self) -> LevelSettings:
         return self.levels[self.index]
 
     @property
@@ -80,7 +81,7 @@ class Levels:
         state.decoder.reset_optimizer()
         return True
 
-    def _open_stream(self, level: config.LevelSettings, group: Group) -> ImageStream:
+    def _open_stream(self, level: LevelSettings, group: Group) -> ImageStream:
         data, model = self.settings.data, self.settings.model
         stream = open_stream(
             **data.model_dump(), resolution=level.resolution, shrunk_from=model.resolution, num_channels=model.num_channels,

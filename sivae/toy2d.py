@@ -25,14 +25,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from sivae import inference, models, objectives, randomness, schedule
-from sivae.config import (
-    IntroVaeObjective,
-    LearningRateSchedule,
-    MlpModel,
-    Section,
-    SoftIntroVaeObjective,
-    VaeObjective,
-)
+from sivae.config.model import MlpModel
+from sivae.config.objective import IntroVaeObjective, SoftIntroVaeObjective, VaeObjective
+from sivae.config.run import LearningRateSchedule
+from sivae.config.section import Section
 from sivae.data.toy2d import DENSITIES, Density
 from sivae.distributed import pick_device
 from sivae.errors import UserError

@@ -90,8 +90,11 @@ def test_an_import_is_seen_however_it_is_written(text, name):
     assert name in imports_in(text, package="sivae.module")
 
 
-def test_config_imports_nothing_of_sivae():
-    assert not imports("sivae.config", "sivae")
+def test_settings_import_nothing_else_of_sivae():
+    settings = [name for name in SIVAE if f"{name}.".startswith("sivae.config.")]
+    assert len(settings) > 1
+    for name in settings:
+        assert imports(name, "sivae") == imports(name, "sivae.config"), name
 
 
 @pytest.mark.parametrize("banned", ["deepspeed", "ray", "torch.distributed"])

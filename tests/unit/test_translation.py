@@ -7,6 +7,7 @@ by cell; that `shapes:` draws the factors that it names; that bad input is one s
 
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,7 +280,7 @@ def test_a_run_trains_and_translates(here):
     from sivae import trainer
 
     settings = config.load(
-        str(sivae.config.__file__).replace("sivae/config.py", "configs/shapes_translation.yaml"),
+        str(Path(sivae.__file__).parents[1] / "configs" / "shapes_translation.yaml"),
         ["run.directory=run", "schedule.total_images=128", "schedule.batch_size=32", "data.num_workers=0", "tracking.tensorboard=false",
          "tracking.progress=false", "tracking.picture_images=128", "tracking.picture_count=4", "model.channels=[8,8]"],
     )  # fmt: skip

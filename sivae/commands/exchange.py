@@ -1,0 +1,41 @@
+"""Commands that bring models in and out: import and export."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sivae import config, inference
+
+
+def import_(options: argparse.Namespace) -> None:
+    from sivae.models import published
+
+    found = published.read(options.source, options.residual)
+    model = inference.Model(config.parse_model(found.settings).model_dump())
+    model.info = {"imported_from": Path(options.source).name, "kind": found.kind}
+    inference.fill(
+        model,
+        {
+            f"{network}.{name}": value
+            for network in ("encoder", "decoder")
+            for name, value in found.networks[network].items()
+        },
+        options.source,
+    )
+    inference.export(model, options.dest, found.networks.get("target_decoder"))
+    print(
+        f"{options.dest}: {found.kind} model, {_describe(model)}; use it with sivae.load, or train on with run.init_from={options.dest}"
+    )
+
+
+def export(options: argparse.Namespace) -> None:
+    model = inference.load(options.model, weights=options.weights)
+    inference.export(model, options.dest)
+    print(f"{options.dest}: {_describe(model)}; {inference.WEIGHTS_FILE}, {inference.SETTINGS_FILE} and a model card")
+
+
+def _describe(model: inference.Model) -> str:
+    parameters = sum(p.numel() for network in (model.encoder, model.decoder) for p in network.parameters())
+    shape = "x".join(map(str, model.sample_shape))
+    return f"{model.settings['family']} family, {shape}, latent {model.latent_dim}, {parameters:,} parameters"

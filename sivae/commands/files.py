@@ -1,0 +1,122 @@
+"""What the commands read and write: models, images of any source, pictures; and the sentence for an option that is wrong."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sivae import figures, images, inference
+from sivae.errors import UserError
+from sivae.storage import Folder
+
+if TYPE_CHECKING:
+    from sivae.data import ImageStream
+    from sivae.data.sources import Sample
+
+
+def read_images(
+    source: str, model: inference.Model, count: int, label: int | None = None, spread: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Up to `count` images as the model takes them: uint8 [N, C, H, W], with labels int64 [N]: `label`, or the source's, or None.
+
+    `source` is an image file, a folder, a packed set, an array file, `digits:` or `shapes:`; with `#N` only its image N.
+    The first ones, or with `spread` some from all over it.
+    """
+    source, _, number = source.partition("#")
+    require(not number or number.isdecimal(), f"{source}#{number}: #N picks an image by its number")
+    items = open_images(source, model)
+    if label is not None:
+        require(model.num_classes, "--label: this model is not conditional on classes")
+    require(not number or int(number) < len(items), f"{source}: has images 0 to {len(items) - 1}, not {number}")
+    count = min(count, len(items))
+    numbers = np.linspace(0, len(items) - 1, count).astype(int).tolist() if spread else list(range(count))
+    if number:
+        numbers = [int(number)]
+    pixels, labels = take(items, numbers, model)
+    return pixels, labels if label is None else torch.full((len(pixels),), label)
+
+
+def open_images(source: str, model: inference.Model) -> Sequence[Sample] | ImageStream:
+    """What `read_images` takes images from, for `_take`."""
+    from sivae.data import ImageStream
+    from sivae.data.sources import DRAWN, IMAGE_SUFFIXES, open_source
+
+    require(len(model.sample_shape) == 3, "this model is not one of images")
+    channels, resolution, _ = model.sample_shape
+    if source.lower().endswith(IMAGE_SUFFIXES):
+        return [_read_file(source)]
+    if source not in DRAWN and Folder(source).exists("index.json"):
+        return ImageStream(source, batch_size=1, resolution=resolution, num_channels=channels)
+    return open_source(source, resolution=resolution)
+
+
+def take(
+    items: Sequence[Sample] | ImageStream, numbers: Sequence[int], model: inference.Model
+) -> tuple[Tensor, Tensor | None]:
+    """The images of these numbers as the model takes them, uint8 [N, C, H, W], and the labels that they have."""
+    from sivae.data import ImageStream
+    from sivae.data.pack import fit
+
+    if isinstance(items, ImageStream):
+        batch = items.sample(numbers)
+        return batch.images, batch.labels
+    channels, resolution, _ = model.sample_shape
+    found = [items[number] for number in numbers]
+    fitted = [
+        np.asarray(fit(sample.pixels, resolution, channels)).reshape(resolution, resolution, -1) for sample in found
+    ]
+    pixels = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
+    return pixels, None if found[0].label is None else torch.tensor([sample.label for sample in found])
+
+
+def open_set(url: str, split: str, model: inference.Model, progress: bool = True) -> ImageStream:
+    from sivae.data import open_stream
+
+    require(len(model.sample_shape) == 3, "this model is not one of images")
+    channels, resolution, _ = model.sample_shape
+    return open_stream(url, split=split, resolution=resolution, num_channels=channels, batch_size=1, progress=progress)
+
+
+def _read_file(path: str) -> Sample:
+    """One image file, as a source would give it."""
+    from sivae.data.sources import Sample
+    from sivae.data.sources.pictures import decode
+
+    folder, name = split_path(path)
+    return Sample(path, decode(folder.read(name), f"{path}:")[0])
+
+
+def load_model(options: argparse.Namespace) -> inference.Model:
+    from sivae.distributed import pick_device
+
+    return inference.load(options.model, device=pick_device(options.device), weights=options.weights)
+
+
+def write_picture(path: str, picture: np.ndarray) -> None:
+    write_bytes(path, images.png_bytes(picture))
+
+
+def write_figure(path: str, figure: figures.Figure) -> None:
+    write_picture(path, images.table(figure.tiles, figure.rows, figure.columns))
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    folder, name = split_path(path)
+    folder.write(data, name)
+    print(path)
+
+
+def split_path(path: str) -> tuple[Folder, str]:
+    """The folder of a file, at a path or URL, and its name."""
+    folder, slash, name = path.rpartition("/")
+    return Folder(folder or slash or "."), name
+
+
+def require(condition: object, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)

@@ -1,0 +1,97 @@
+"""Commands that measure: evaluate and ood."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+
+from sivae import inference
+from sivae.commands.files import load_model, read_images, require, split_path
+from sivae.errors import UserError, shown
+from sivae.storage import Folder
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from sivae import distributed, real_statistics
+    from sivae.data import open_stream
+    from sivae.evaluate import Evaluation, Protocol, write
+
+    names = ("num_fakes", "num_reals", "seed", "truncation", "truncation_layers", "mode", "batch_size")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    fixed = [f"--{name.replace('_', '-')}" for name in given if name != "seed"]
+    if options.protocol:
+        require(not fixed, f"{fixed and fixed[0]}: the published protocol fixes it; leave one of the two out")
+        require(options.weights == "average", "--weights: the published protocol takes the averaged weights")
+        require(options.split == "train", "--split: the published protocol takes the training images")
+    require(given.get("seed", 0) >= 0, f"--seed: {given.get('seed')} is negative")
+    detectors = dict(pair.partition("=")[::2] for pair in options.detector)
+    require(all(detectors.values()), "--detector: is written NAME=FILE, for example dinov2=dinov2-vitl14.pt")
+    with distributed.join(options.device) as group:
+        model = group.together(lambda: inference.load(options.model, device=group.device, weights=options.weights))
+        if len(model.sample_shape) != 3:
+            raise UserError("this model is not one of images", shared=True)
+        channels, resolution, _ = model.sample_shape
+        reading = {"split": options.split, "resolution": resolution, "num_channels": channels, "batch_size": 1}
+        stream = group.together(lambda: open_stream(options.data, **reading, progress=group.is_main))
+        metrics = tuple(options.metrics.split(","))
+        if options.protocol:
+            protocol = Protocol.published(metrics, model.settings, len(stream))
+            protocol = dataclasses.replace(protocol, **given)
+        else:
+            protocol = Protocol(metrics, **given)
+        kept = Folder(options.statistics) if options.statistics else real_statistics.default_folder()
+        evaluation = Evaluation(stream, protocol, group, detectors=detectors, lpips=options.lpips, statistics=kept)
+        if options.protocol and group.is_main and len(stream) < 50_000:
+            print(
+                f"{stream.where}: has {len(stream):,} images where the published protocol takes 50,000; all are taken"
+            )
+        figures = evaluation.run(model)
+
+        def tell() -> None:
+            for name, value in figures.items():
+                print(f"{name} {value:.6g}")
+            run = Folder(_run_of(options.model))
+            described = {"weights": options.weights, "info": model.info, "data_url": shown(options.data)}
+            print(f"{write(run, evaluation, figures, **described)}: the figures with their protocol")
+
+        group.on_main(tell)
+
+
+def ood(options: argparse.Namespace) -> None:
+    from sivae import outliers
+
+    require(options.samples > 0, f"--samples: {options.samples} is not a number of draws")
+    require(options.seed >= 0, f"--seed: {options.seed} is negative")
+    model = load_model(options)
+    require(len(model.sample_shape) == 3, "this model is not one of images")
+    folder = Folder(_run_of(options.model))
+    if options.judge:
+        require(not (options.inlier or options.outlier), "--judge: goes without --inlier and --outlier")
+        image, _ = read_images(options.judge, model, 1)
+        verdict = outliers.judge(model, image, outliers.read_calibration(folder, model, options.weights), options.score)
+        print(f"{options.judge}: {verdict.sentence}")
+        return
+    require(options.inlier and options.outlier, "give both --inlier and --outlier, or --judge IMAGE")
+    require(options.count is None or options.count > 0, f"--count: {options.count} is not a number of images")
+    outliers.require_pictures()
+    settings = {"num_samples": options.samples, "seed": options.seed, "count": options.count}
+    sets = [(options.inlier, options.inlier_split), (options.outlier, options.outlier_split)]
+    streams = [outliers.open_set(url, split, model) for url, split in sets]
+    require(streams[0].digest != streams[1].digest, "--outlier: is the same set of images as --inlier")
+    inlier, outlier = (outliers.score_set(model, stream, **settings) for stream in streams)
+    results = outliers.compare(inlier, outlier, options.seed)
+    for line in outliers.table(results):
+        print(line)
+    folder_of_picture, name = split_path(options.output)
+    names = [f"{shown(url)} {split}" for url, split in sets]
+    folder_of_picture.write(outliers.histograms(inlier, outlier, results, *names), name)
+    print(options.output)
+    calibration = outliers.calibrate(model, inlier, streams[0], options.weights, options.samples, options.seed)
+    outliers.write_calibration(folder, calibration)
+    print(f"{folder.url}/{outliers.FILE}: thresholds; judge an image with sivae ood {options.model} --judge IMAGE")
+
+
+def _run_of(model: str) -> str:
+    """The run directory that a checkpoint lies in; another model's own folder."""
+    return re.sub(r"/checkpoints/[^/]+/*$", "", model)

@@ -1,0 +1,136 @@
+"""Commands that draw what a model makes of latents and images."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+from torch import Tensor
+
+from sivae import figures, images, inference
+from sivae.commands.files import load_model, read_images, require, write_bytes, write_figure, write_picture
+from sivae.progress import progress_bar
+from sivae.randomness import fixed_latents
+from sivae.storage import Folder
+
+
+def sample(options: argparse.Namespace) -> None:
+    count = options.count if options.count is not None else 8 if options.truncation_sweep else 64
+    require(count > 0, f"--count: {count} is not a number of images")
+    require(options.seed >= 0, f"--seed: {options.seed} is negative")
+    model = load_model(options)
+    require(len(model.sample_shape) == 3, "this model is not one of images")
+    _require_label(options, model)
+    if options.truncation_sweep is not None:
+        require(
+            options.truncation_sweep >= 2,
+            f"--truncation-sweep: {options.truncation_sweep} is too few, both ends make 2",
+        )
+        write_figure(
+            options.output,
+            figures.truncation_sweep(model, count, options.seed, options.truncation_sweep, options.label),
+        )
+        return
+    labels = None if options.label is None else torch.full((count,), options.label)
+    require(
+        options.truncation_layers is None or options.truncation_layers >= 0,
+        f"--truncation-layers: {options.truncation_layers} is negative",
+    )
+    truncation = {"truncation": options.truncation, "truncation_layers": options.truncation_layers}
+    samples = model.to_uint8(model.sample(count, seed=options.seed, labels=labels, **truncation)).cpu()
+    write_picture(options.output, images.grid(samples, columns=_columns(count)))
+    if options.folder:
+        folder = Folder(options.folder)
+        with progress_bar(count, "writing", " images") as bar:
+            for index, image in enumerate(samples):
+                folder.write(images.png_bytes(images.pixels(image)), f"{index:06d}.png")
+                bar.update()
+        print(f"{options.folder}: {count} images")
+
+
+def reconstruct(options: argparse.Namespace) -> None:
+    require(options.count > 0, f"--count: {options.count} is not a number of images")
+    model = load_model(options)
+    real, labels = read_images(options.source, model, options.count, options.label)
+    if options.levels:
+        write_figure(options.output, figures.levels(model, real, labels))
+        return
+    again = model.to_uint8(model.reconstruct(real, labels)).cpu()
+    columns = _columns(len(real))
+    write_picture(options.output, images.panels({"real": real, "reconstructed": again}, columns))
+    error = ((again.float() - real.float()) / 255).square().mean().item()
+    print(f"mean squared error {error:.5f} over {len(real)} images (values in [0, 1], rounded to 8 bits)")
+
+
+def interpolate(options: argparse.Namespace) -> None:
+    model = load_model(options)
+    require(options.steps >= 2, f"--steps: {options.steps} is too few, both ends make 2")
+    require(options.frames >= 2, f"--frames: {options.frames} is too few, both ends make 2")
+    first, labels = read_images(options.first, model, 1, options.label)
+    second, _ = read_images(options.second, model, 1, options.label)
+
+    def path(steps: int) -> Tensor:
+        return model.to_uint8(model.interpolate(first, second, steps, labels, spherical=options.spherical)[0]).cpu()
+
+    write_picture(
+        options.output, images.grid(torch.cat([first, path(options.steps), second]), columns=options.steps + 2)
+    )
+    if options.gif:
+        write_bytes(options.gif, images.gif_bytes(path(options.frames)))
+
+
+def traverse(options: argparse.Namespace) -> None:
+    for name, least in (("count", 1), ("dims", 1), ("steps", 2)):
+        value = getattr(options, name)
+        require(value >= least, f"--{name}: {value} is too few, give {least} or more")
+    require(0 < options.reach < math.inf, f"--reach: {options.reach} is not a distance above 0")
+    model = load_model(options)
+    real, labels = read_images(options.source, model, options.count, options.label)
+    write_figure(options.output, figures.traversals(model, real, options.dims, options.steps, labels, options.reach))
+
+
+def stylemix(options: argparse.Namespace) -> None:
+    require(options.count > 0, f"--count: {options.count} is not a number of rows and columns")
+    require(options.seed >= 0, f"--seed: {options.seed} is negative")
+    model = load_model(options)
+    num_layers = model.num_layers
+    _require_label(options, model)
+    num_coarse = figures.default_num_coarse(model) if options.coarse_layers is None else options.coarse_layers
+    require(
+        0 <= num_coarse <= num_layers,
+        f"--coarse-layers: {num_coarse} is not in 0 .. {num_layers}, the layers of this model",
+    )
+    drawn = fixed_latents(options.seed, 2 * options.count, model.latent_dim).split(options.count)
+
+    def latents(source: str | None, otherwise: Tensor) -> Tensor:
+        if source is None:
+            return otherwise
+        real, labels = read_images(source, model, options.count, options.label)
+        return model.encode(real, labels)[0]
+
+    coarse, fine = latents(options.rows, drawn[0]), latents(options.columns, drawn[1])
+    write_figure(options.output, figures.style_mixing(model, coarse, fine, num_coarse, options.label))
+
+
+def translate(options: argparse.Namespace) -> None:
+    require(options.count > 0, f"--count: {options.count} is not a number of images")
+    model = load_model(options)
+    content, _ = read_images(options.content, model, options.count, spread=True)
+    class_, _ = read_images(options.class_, model, options.count, spread=True)
+    translated = model.to_uint8(model.translate(content, class_)).cpu()
+    write_picture(
+        options.output, images.grid(images.with_margins(translated, content, class_), columns=len(class_) + 1)
+    )
+
+
+def _columns(count: int) -> int:
+    return min(16, max(1, round(count**0.5)))
+
+
+def _require_label(options: argparse.Namespace, model: inference.Model) -> None:
+    if options.label is not None:
+        require(model.num_classes, "--label: this model is not conditional on classes")
+        require(
+            0 <= options.label < model.num_classes, f"--label: {options.label} is not in 0 .. {model.num_classes - 1}"
+        )
