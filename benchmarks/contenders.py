@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks import published, published_style
 from benchmarks.memory import live_and_peak_bytes
-from sivae import allocator, config, distributed, images, models, randomness
+from sivae import allocator, config, distributed, images, models, randomness, toy2d
 from sivae.config import Config
 from sivae.distributed import Group
 from sivae.graphs import Graphs
@@ -139,18 +139,19 @@ class OfPoints:
     networks = ()
 
     def __init__(self, settings: Config, batch_size: int, device: torch.device):
-        self.settings, self.batch_size, self.device, self.images_seen = settings, batch_size, device, 0
+        self.batch_size, self.device, self.images_seen = batch_size, device, 0
+        self.latent_dim = settings.model.latent_dim
         dtype = torch.bfloat16 if settings.engine.precision == "bfloat16" else torch.float32
         self.stack = StackedModels([models.build(**settings.model.model_dump())], LR, dtype, device)
         self.objective, _ = build_objectives(settings)
         self.batch = torch.rand(1, batch_size, settings.model.num_values)
 
     def __call__(self) -> dict[str, Tensor]:
-        numbers = range(self.images_seen, self.images_seen + self.batch_size)
-        draws = randomness.step_draws(0, numbers, self.settings.model.latent_dim, self.device)
+        draws = toy2d.normals(
+            [randomness.generator(0, self.images_seen)], self.batch_size, self.latent_dim, self.device
+        )
         self.images_seen += self.batch_size
-        x = self.batch.to(self.device, non_blocking=True)
-        return self.stack.step(self.objective, x, Draws(*(getattr(draws, name)[None] for name in Draws.names())))
+        return self.stack.step(self.objective, self.batch.to(self.device, non_blocking=True), draws)
 
 
 @dataclass

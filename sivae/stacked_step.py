@@ -11,12 +11,14 @@ together. What the stack leaves out because it changes nothing:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sivae import allocator, objectives
-from sivae.models.stack import MlpStack, forward
+from sivae.models.stack import MlpStack, Weights, forward
 from sivae.objectives import Draws, IntroVae, SoftIntroVae, Vae
 
 Terms = dict[str, Tensor]
@@ -32,38 +34,34 @@ class StackedModels:
         self.encoder, self.decoder = (
             MlpStack([network.to(device) for network in column], dtype) for column in zip(*networks)
         )
-        self.adams = [torch.optim.Adam(stack.parameters, lr=lr, fused=True) for stack in (self.encoder, self.decoder)]
+        self.stacks = {"encoder": self.encoder, "decoder": self.decoder}
+        self.adams = {
+            name: torch.optim.Adam([stack.parameter], lr=lr, fused=True) for name, stack in self.stacks.items()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and Adam's state by name, on the CPU, to save and to `load`."""
         found = {}
-        for name, stack, adam in zip(("encoder", "decoder"), (self.encoder, self.decoder), self.adams):
-            for index, parameter in enumerate(stack.parameters):
-                state = {"weight": parameter.detach(), **adam.state[parameter]}
-                found |= {f"{name}.{index}.{key}": value.cpu() for key, value in state.items()}
+        for name, stack in self.stacks.items():
+            state = {"weight": stack.parameter.detach(), **self.adams[name].state[stack.parameter]}
+            found |= {f"{name}.{key}": value.cpu() for key, value in state.items()}
         return found
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        for name, stack, adam in zip(("encoder", "decoder"), (self.encoder, self.decoder), self.adams):
-            for index, parameter in enumerate(stack.parameters):
-                parameter.copy_(tensors[f"{name}.{index}.weight"])
-                adam.state[parameter] = {
-                    key: tensors[f"{name}.{index}.{key}"].to(parameter.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+        for name, stack in self.stacks.items():
+            stack.parameter.copy_(tensors[f"{name}.weight"])
+            self.adams[name].state[stack.parameter] = {
+                key: tensors[f"{name}.{key}"].to(stack.parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+            }
 
     def fits(self, tensors: dict[str, Tensor]) -> bool:
-        """Whether `tensors` are those of a stack of this shape."""
-        ours = {
-            f"{name}.{index}.weight": parameter.shape
-            for name, stack in (("encoder", self.encoder), ("decoder", self.decoder))
-            for index, parameter in enumerate(stack.parameters)
-        }
+        """Whether `tensors` are those of a stack of this size."""
+        ours = {f"{name}.weight": stack.parameter.shape for name, stack in self.stacks.items()}
         return ours == {name: value.shape for name, value in tensors.items() if name.endswith(".weight")}
 
     def set_lr(self, lr: float) -> None:
-        for adam in self.adams:
+        for adam in self.adams.values():
             adam.param_groups[0]["lr"] = lr
 
     def step(self, objective: Vae, x: Tensor, draws: Draws) -> Terms:
@@ -81,20 +79,20 @@ class StackedModels:
         encoder, decoder = self.encoder.weights(), self.decoder.weights()
         _, rec_image, rec, kl_real = _real(objective, encoder, decoder, x, draws)
         loss = objective.beta_rec * rec + objective.beta_kl * kl_real
-        gradients = torch.autograd.grad(loss.sum(), [*encoder, *decoder])
-        self._update(0, gradients[: len(encoder)])
-        self._update(1, gradients[len(encoder) :])
+        gradients = torch.autograd.grad(loss.sum(), [*encoder.leaves, *decoder.leaves])
+        self._update("encoder", gradients[:2])
+        self._update("decoder", gradients[2:])
         return _detach(loss_encoder=loss, rec=rec, kl_real=kl_real, loss_decoder=objective.beta_rec * rec, rec_d=rec)
 
     def _intro_vae(self, objective: IntroVae, x: Tensor, draws: Draws) -> Terms:
         encoder, decoder = self.encoder.weights(), self.decoder.weights()
         size = x.shape[1]
         _, rec_image, rec, kl_real = _real(objective, encoder, decoder, x, draws)
-        fake = forward(decoder, draws.z_prior)
+        fake = forward(decoder.layers, draws.z_prior)
         kl_rec, kl_fake = _halves(_kl(*_encode(encoder, torch.cat([rec_image, fake], 1).detach())), size)
         hinge = 0.5 * (F.relu(objective.margin - kl_rec) + F.relu(objective.margin - kl_fake))
         loss = objective.beta_rec * rec + objective.beta_kl * (kl_real + objective.beta_neg * hinge)
-        self._update(0, torch.autograd.grad(loss.sum(), encoder, retain_graph=True))
+        self._update("encoder", torch.autograd.grad(loss.sum(), encoder.leaves, retain_graph=True))
         terms = dict(loss_encoder=loss, rec=rec, kl_real=kl_real, kl_rec=kl_rec, kl_fake=kl_fake)
         return _detach(**terms, **self._decoder_phase(objective, decoder, rec_image, fake, rec))
 
@@ -102,18 +100,18 @@ class StackedModels:
         encoder, decoder = self.encoder.weights(), self.decoder.weights()
         size = x.shape[1]
         _, rec_image, rec, kl_real = _real(objective, encoder, decoder, x, draws)
-        fake = forward(decoder, draws.z_prior)
+        fake = forward(decoder.layers, draws.z_prior)
         # The encoder's input is detached, the target of the error is not: through `rec` gradient reaches the encoder.
         generated = torch.cat([rec_image, fake.detach()], 1)
         mu, logvar = _encode(encoder, generated.detach())
         z = objectives.reparameterize(mu, logvar, torch.cat([draws.eps_rec, draws.eps_fake], 1))
-        error, divergence = _error(objective, generated, forward(decoder, z)), _kl(mu, logvar)
+        error, divergence = _error(objective, generated, forward(decoder.layers, z)), _kl(mu, logvar)
         exp_elbo = (-2 * objective.scale * (objective.beta_rec * error + objective.beta_neg * divergence)).exp()
         exp_elbo_rec, exp_elbo_fake = _halves(exp_elbo, size)
         kl_rec, kl_fake = _halves(divergence, size)
         loss = objective.scale * (objective.beta_rec * rec + objective.beta_kl * kl_real)
         loss = loss + 0.25 * (exp_elbo_rec + exp_elbo_fake)
-        self._update(0, torch.autograd.grad(loss.sum(), encoder, retain_graph=True))
+        self._update("encoder", torch.autograd.grad(loss.sum(), encoder.leaves, retain_graph=True))
         terms = dict(
             loss_encoder=loss, rec=rec, kl_real=kl_real, kl_rec=kl_rec, kl_fake=kl_fake,
             exp_elbo_rec=exp_elbo_rec, exp_elbo_fake=exp_elbo_fake,
@@ -122,33 +120,35 @@ class StackedModels:
         return _detach(**terms, **self._decoder_phase(objective, decoder, rec_image, fake, rec, scale))
 
     def _decoder_phase(
-        self, objective: Vae, decoder: list[Tensor], rec_image: Tensor, fake: Tensor, rec: Tensor, scale: float = 1.0
+        self, objective: Vae, decoder: Weights, rec_image: Tensor, fake: Tensor, rec: Tensor, scale: float = 1.0
     ) -> Terms:
         """Against the updated encoder, whose weights get no gradient."""
-        encoder = [weight.requires_grad_(False) for weight in self.encoder.weights()]
+        encoder = self.encoder.weights(trained=False)
         divergence = _kl(*_encode(encoder, torch.cat([rec_image, fake], 1)))
         kl_rec, kl_fake = _halves(divergence, rec_image.shape[1])
         loss = scale * (objective.beta_rec * rec + 0.5 * objective.beta_kl * (kl_rec + kl_fake))
-        self._update(1, torch.autograd.grad(loss.sum(), decoder))
+        self._update("decoder", torch.autograd.grad(loss.sum(), decoder.leaves))
         return dict(loss_decoder=loss, rec_d=rec, kl_rec_d=kl_rec, kl_fake_d=kl_fake)
 
-    def _update(self, network: int, gradients) -> None:
-        """0 is the encoder, 1 the decoder."""
-        for parameter, gradient in zip((self.encoder, self.decoder)[network].parameters, gradients):
-            parameter.grad = gradient.float()
-        self.adams[network].step()
+    def _update(self, name: str, gradients: Sequence[Tensor]) -> None:
+        """gradients: by the leaves of that network's weights."""
+        ends, hidden = gradients
+        self.stacks[name].parameter.grad = torch.cat([ends, hidden.float()])
+        self.adams[name].step()
 
 
-def _real(objective: Vae, encoder, decoder, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _real(
+    objective: Vae, encoder: Weights, decoder: Weights, x: Tensor, draws: Draws
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z of real samples, their reconstructions, and of each model the batch means of the ELBO's two terms."""
     mu, logvar = _encode(encoder, x)
     z = objectives.reparameterize(mu, logvar, draws.eps_real)
-    image = forward(decoder, z)
+    image = forward(decoder.layers, z)
     return z, image, _error(objective, x, image).mean(1), _kl(mu, logvar).mean(1)
 
 
-def _encode(weights: list[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    mu, logvar = forward(weights, x).chunk(2, dim=2)
+def _encode(weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
+    mu, logvar = forward(weights.layers, x).chunk(2, dim=2)
     return mu, logvar
 
 

@@ -176,14 +176,16 @@ def step_draws(
     density: Density, seeds: list[int], images_seen: int, size: int, latent_dim: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Draws]:
     """Points [S, size, 2] and the draws [S, size, latent_dim] of the step that begins at `images_seen`."""
-    points, normals = [], []
-    for seed in seeds:
-        generator = randomness.generator(seed, images_seen)
-        points.append(density.sample(size, generator))
-        normals.append(torch.randn(4, size, latent_dim, generator=generator))
-    normals = torch.stack(normals, 1).to(device)
+    generators = [randomness.generator(seed, images_seen) for seed in seeds]
+    points = torch.stack([density.sample(size, generator) for generator in generators])
+    return points.to(device), normals(generators, size, latent_dim, device)
+
+
+def normals(generators: list[torch.Generator], size: int, latent_dim: int, device: torch.device | str = "cpu") -> Draws:
+    """Draws [S, size, latent_dim] of one step, each model's from its generator."""
+    drawn = torch.stack([torch.randn(4, size, latent_dim, generator=generator) for generator in generators], 1)
     # Those of the decoder phase would be for gamma_r, which is 0.
-    return torch.stack(points).to(device), Draws(*normals.unbind(0), eps_rec_d=None, eps_fake_d=None)
+    return Draws(*drawn.to(device).unbind(0), eps_rec_d=None, eps_fake_d=None)
 
 
 def judge(model: inference.Model, density: Density, seed: int) -> dict[str, Any]:
