@@ -1,6 +1,8 @@
 """The exception that users meet: what is wrong, where, and what to do, in one sentence."""
 
+import importlib.util
 import re
+from typing import Any
 
 
 class UserError(Exception):
@@ -17,3 +19,15 @@ class UserError(Exception):
 def shown(text) -> str:
     """The text of a URL or an error without passwords and signed queries, as errors and logs may show it."""
     return re.sub(r"\?[^\s'\")]*", "?...", re.sub(r"//[^/\s]+@", "//...@", str(text)))
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """In words, what is not the same in two sets of settings."""
+    keys = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    return "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys)
+
+
+def require_matplotlib(whose: str) -> None:
+    """Raises UserError where it is not installed, before the work that would end in a picture."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"{whose} need matplotlib; pip install 'sivae[pictures]'")

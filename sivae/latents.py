@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from sivae.errors import UserError
+from sivae.metrics.ood import auroc
 from sivae.storage import Folder
 
 HELD_OUT_EVERY, MAX_HELD_OUT = 5, 10_000  # of each class, every fifth example, and so many at most
@@ -224,20 +225,13 @@ class DirectionFit:
         middle = float((positives.mean + negatives.mean) @ vector) / 2
         separation = Separation(
             distance=length / deviation,
-            auroc=auroc(along[1], along[0]),
+            auroc=auroc(along[1].numpy(), along[0].numpy()),
             accuracy=(float((along[0] > middle).double().mean()) + float((along[1] <= middle).double().mean())) / 2,
             num_positives=positives.num_fitted,
             num_negatives=negatives.num_fitted,
             held_out=(positives.num_held_out, negatives.num_held_out),
         )
         return Direction(vector.float(), deviation, name, weights_sha256, separation)
-
-
-def auroc(negatives: Tensor, positives: Tensor) -> float:
-    """Chance that a positive's score [N] is above a negative's [M]; ties count half."""
-    ordered = negatives.sort().values
-    below, up_to = (torch.searchsorted(ordered, positives, right=right) for right in (False, True))
-    return float((below + up_to).double().mean()) / (2 * len(ordered))
 
 
 def safetensors_metadata(data: bytes) -> dict[str, str]:

@@ -186,24 +186,14 @@ def judge(model: Model, image: Tensor, calibration: dict[str, Any], name: str = 
 # The picture
 
 
-def require_pictures() -> None:
-    """Raises UserError when the library that draws is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("the histograms need matplotlib; pip install 'sivae[pictures]'") from None
-
-
 def histograms(
     inliers: Scores, outliers: Scores, results: dict[str, ood.Separation], inlier_name: str, outlier_name: str
 ) -> bytes:
     """A PNG: for each score, how inliers and outliers are distributed, and the threshold that keeps 95% of the inliers."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, all_axes = pyplot.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    all_axes = figure.subplots(2, 2)
     for axes, name in zip(all_axes.flat, inliers):
         low, high = np.quantile(np.concatenate([inliers[name], outliers[name]]), [0.0, 0.995])
         bins = np.linspace(low, high if high > low else low + 1, 60)
@@ -222,5 +212,4 @@ def histograms(
     figure.legend(*all_axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
-    pyplot.close(figure)
     return buffer.getvalue()

@@ -16,7 +16,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from sivae.errors import UserError
+from sivae.errors import UserError, differences
+from sivae.latents import safetensors_metadata
 from sivae.storage import Folder
 from sivae.tracking import flatten
 
@@ -42,21 +43,14 @@ def load(folder: Folder, protocol: dict[str, Any]) -> dict[str, Tensor] | None:
         return None
     data = folder.read(name)
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        header = safetensors_metadata(data)
         held, digest = json.loads(header["protocol"]), header["sha256"]
         tensors = load_tensors(data)
     except (ValueError, KeyError, TypeError, SafetensorError):
         return None
     if held != protocol:
-        wanted, found = flatten(protocol), flatten(held)
-        different = [
-            f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here"
-            for key in sorted({*wanted, *found})
-            if wanted.get(key) != found.get(key)
-        ]
-        raise UserError(
-            f"{folder.url}/{name}: holds statistics of another protocol ({'; '.join(different)}); delete the file"
-        )
+        different = differences(flatten(held), flatten(protocol))
+        raise UserError(f"{folder.url}/{name}: holds statistics of another protocol ({different}); delete the file")
     return tensors if _digest(tensors) == digest else None
 
 

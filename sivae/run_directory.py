@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from sivae import __version__, checkpoint, config
-from sivae.errors import UserError, shown
+from sivae.errors import UserError, differences, shown
 from sivae.storage import Folder
 
 logger = logging.getLogger("sivae")
@@ -62,14 +62,8 @@ def check_model(model: dict[str, Any] | None, settings: config.Config, where: st
     ours = settings.model.model_dump(mode="json")
     if model == ours:
         return
-    model = model or {}
-    different = [
-        f"{key} is {model.get(key)!r} there and {ours.get(key)!r} here"
-        for key in sorted({*ours, *model})
-        if ours.get(key) != model.get(key)
-    ]
     raise UserError(
-        f"{where}: holds checkpoints of another model ({'; '.join(different)}); set another run.directory, or the model's settings as they were"
+        f"{where}: holds checkpoints of another model ({differences(model or {}, ours)}); set another run.directory, or the model's settings as they were"
     )
 
 

@@ -10,7 +10,6 @@ What a model draws is a function of its seed and the images seen: restarts chang
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from sivae.config.run import LearningRateSchedule
 from sivae.config.section import Section
 from sivae.data.toy2d import DENSITIES, Density
 from sivae.distributed import pick_device
-from sivae.errors import UserError
+from sivae.errors import UserError, require_matplotlib
 from sivae.metrics import toy2d as metrics
 from sivae.objectives import Draws
 from sivae.progress import progress_bar
@@ -124,8 +123,7 @@ def train(settings: Toy2dConfig, description: str = "train") -> list[dict[str, A
     """Train all seeds, or go on where the run directory's state stands; judge, draw, write everything. Returns the figures
     of each seed, in their order; see `judge`. Raises Stopped on a signal, UserError on what a user can mend."""
     folder = Folder(settings.run.directory)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("pictures of densities need matplotlib; install it, or sivae[pictures]")
+    require_matplotlib("the pictures of densities")
     networks = train_networks(settings, folder, description)
     density, found = DENSITIES[settings.density], []
     with progress_bar(len(networks), "judge", " models") as bar:

@@ -8,7 +8,7 @@ import re
 
 from sivae import inference
 from sivae.commands.files import load_model, read_images, require, split_path
-from sivae.errors import UserError, shown
+from sivae.errors import UserError, require_matplotlib, shown
 from sivae.storage import Folder
 
 
@@ -74,7 +74,7 @@ def ood(options: argparse.Namespace) -> None:
         return
     require(options.inlier and options.outlier, "give both --inlier and --outlier, or --judge IMAGE")
     require(options.count is None or options.count > 0, f"--count: {options.count} is not a number of images")
-    outliers.require_pictures()
+    require_matplotlib("the histograms")
     settings = {"num_samples": options.samples, "seed": options.seed, "count": options.count}
     sets = [(options.inlier, options.inlier_split), (options.outlier, options.outlier_split)]
     streams = [outliers.open_set(url, split, model) for url, split in sets]

@@ -26,18 +26,11 @@ class Separation:
 
 def separation(inliers: np.ndarray, outliers: np.ndarray, seed: int = 0) -> Separation:
     """Of scores [N] and [M]. Raises ValueError for an empty set or a score that is not finite."""
-    inliers, outliers = (np.asarray(scores, dtype=np.float64) for scores in (inliers, outliers))
-    if not inliers.size or not outliers.size:
-        raise ValueError(f"there are {inliers.size} inliers and {outliers.size} outliers; both are needed")
-    if not (np.isfinite(inliers).all() and np.isfinite(outliers).all()):
-        raise ValueError("scores hold NaN or infinity")
-    # Counts at each value that occurs, in rising order: all figures follow from them, for a resample too.
-    values, where = np.unique(np.concatenate([inliers, outliers]), return_inverse=True)
-    counts = [np.bincount(part, minlength=len(values)) for part in (where[: inliers.size], where[inliers.size :])]
+    counts = _counts(inliers, outliers)
     found = _figures(*counts)
     rng = np.random.default_rng(seed)
-    shares = [count / count.sum() for count in counts]
-    sizes = inliers.size, outliers.size
+    sizes = [count.sum() for count in counts]
+    shares = [count / size for count, size in zip(counts, sizes)]
     again = np.array(
         [_figures(*(rng.multinomial(size, share) for size, share in zip(sizes, shares))) for _ in range(NUM_RESAMPLES)]
     )
@@ -46,10 +39,26 @@ def separation(inliers: np.ndarray, outliers: np.ndarray, seed: int = 0) -> Sepa
     return Separation(*((float(found[i]), float(low[i]), float(high[i])) for i in range(3)))
 
 
+def auroc(inliers: np.ndarray, outliers: np.ndarray) -> float:
+    """Chance that an outlier's score [M] is above an inlier's [N]; ties count half. Raises ValueError as `separation`."""
+    return float(_figures(*_counts(inliers, outliers))[0])
+
+
 def threshold(inliers: np.ndarray, kept: float = KEPT) -> float:
     """The lowest of the scores that at least this share of the inliers does not exceed."""
     ordered = np.sort(inliers)
     return float(ordered[int(np.ceil(kept * len(ordered) - 1e-9)) - 1])
+
+
+def _counts(inliers: np.ndarray, outliers: np.ndarray) -> list[np.ndarray]:
+    """How many of each lie at each value that occurs, in rising order: all figures follow from it, for a resample too."""
+    inliers, outliers = (np.asarray(scores, dtype=np.float64) for scores in (inliers, outliers))
+    if not inliers.size or not outliers.size:
+        raise ValueError(f"there are {inliers.size} inliers and {outliers.size} outliers; both are needed")
+    if not (np.isfinite(inliers).all() and np.isfinite(outliers).all()):
+        raise ValueError("scores hold NaN or infinity")
+    values, where = np.unique(np.concatenate([inliers, outliers]), return_inverse=True)
+    return [np.bincount(part, minlength=len(values)) for part in (where[: inliers.size], where[inliers.size :])]
 
 
 def _figures(inliers: np.ndarray, outliers: np.ndarray) -> tuple[float, float, float]:

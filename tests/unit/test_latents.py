@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sivae.errors import UserError
-from sivae.latents import Direction, DirectionFit, auroc, nearest, slerp
+from sivae.latents import Direction, DirectionFit, nearest, slerp
+from sivae.metrics.ood import auroc
 from sivae.storage import Folder
 
 

@@ -304,7 +304,7 @@ def test_a_damaged_state_is_told(tmp_path):
 
 
 def test_without_matplotlib_nothing_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy2d.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="matplotlib"):
         toy2d.train(settings(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
