@@ -49,6 +49,8 @@ def load(path: str, overrides: Iterable[str] = (), schema: type[Settings] = Conf
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"{override}: an override is written key.path=value, for example schedule.batch_size=64")
+        # YAML takes `digits:` for a mapping.
+        override = re.sub(r"=(\w+:)$", r"='\1'", override)
         try:
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
         except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:

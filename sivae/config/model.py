@@ -62,7 +62,14 @@ def _check_levels(channels: list[int], resolution: int) -> None:
         )
 
 
-class ConvModel(Section):
+class _ImageModel(Section):
+    @property
+    def num_values(self) -> int:
+        """Values in one sample; the paper's s is one over it."""
+        return self.num_channels * self.resolution**2
+
+
+class ConvModel(_ImageModel):
     family: Literal["conv"] = "conv"
     num_channels: int = Field(3, ge=1)
     """Channels of the images: 1 grey, 3 colour."""
@@ -84,11 +91,6 @@ class ConvModel(Section):
     output: Literal["linear", "sigmoid"] = "linear"
     """Last activation of the decoder. `linear` as published; `sigmoid` is needed by `bce`."""
 
-    @property
-    def num_values(self) -> int:
-        """Values in one sample; the paper's s is one over it."""
-        return self.num_channels * self.resolution**2
-
     @model_validator(mode="after")
     def _check(self):
         _check_levels(self.channels, self.resolution)
@@ -97,7 +99,7 @@ class ConvModel(Section):
         return self
 
 
-class StyleModel(Section):
+class StyleModel(_ImageModel):
     family: Literal["style"] = "style"
     num_channels: int = Field(3, ge=1)
     """Channels of the images: 1 grey, 3 colour."""
@@ -121,11 +123,6 @@ class StyleModel(Section):
     average_style_decay: float = Field(0.995, ge=0, lt=1)
     """Share of the old average style that one pass of the decoder keeps; truncation pulls styles to this average."""
 
-    @property
-    def num_values(self) -> int:
-        """Values in one sample; the paper's s is one over it."""
-        return self.num_channels * self.resolution**2
-
     @model_validator(mode="after")
     def _check(self):
         if self.resolution & (self.resolution - 1):
@@ -136,7 +133,7 @@ class StyleModel(Section):
         return self
 
 
-class TranslationModel(Section):
+class TranslationModel(_ImageModel):
     family: Literal["translation"] = "translation"
     num_channels: int = Field(3, ge=1)
     """Channels of the images: 1 grey, 3 colour."""
@@ -156,11 +153,6 @@ class TranslationModel(Section):
     """Last activation of the decoder; `sigmoid` is needed by `bce`."""
 
     num_classes: ClassVar[int] = 0  # no labels: classes are what the class encoder finds
-
-    @property
-    def num_values(self) -> int:
-        """Values in one sample; the paper's s is one over it."""
-        return self.num_channels * self.resolution**2
 
     @model_validator(mode="after")
     def _check(self):

@@ -282,6 +282,11 @@ def test_overrides_are_applied_in_order_and_leave_the_rest(base):
     assert settings.schedule.total_images == 1000 and settings.model.resolution == 16
 
 
+def test_sets_with_a_colon_need_no_quotes(base):
+    assert config.load(base, ["data.url=shapes:"]).data.url == "shapes:"
+    assert config.load(base, ["data.url='digits:'"]).data.url == "digits:"
+
+
 def test_settings_cannot_change_after_validation(base):
     settings = config.load(base)
     with pytest.raises(ValueError, match="frozen"):
