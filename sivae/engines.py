@@ -30,6 +30,7 @@ from sivae.profiling import span
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 REDUCE_BUCKET = 500_000_000  # elements at most, DeepSpeed's default
+OVERLAPPING_BUCKETS = 8  # of a network, where reduction overlaps with the backward pass
 
 
 class _PhaseModule(nn.Module):
@@ -56,6 +57,7 @@ class Engine:
         self, network: nn.Module, group: Group, *, lr: float, betas: list[float], eps: float, weight_decay: float,
         clip_grad_norm: float | None, zero_stage: int, precision: str, offload_optimizer: bool,
         micro_batch_size: int, accumulation: int, found_inf: Tensor, eps_hat: bool = False, compile: bool = False,
+        overlap_reduction: bool = False,
     ):  # fmt: skip
         deepspeed = _import_deepspeed(group.device)
         self.group, self.zero_stage, self.network = group, zero_stage, network.to(group.device)
@@ -77,8 +79,13 @@ class Engine:
             )
             optimizer.found_inf = found_inf
         # The buffer that gradients are reduced in is allocated whole: by default 2 GB for each network, however small.
-        bucket = min(REDUCE_BUCKET, sum(parameter.numel() for parameter in wrapped.parameters()))
+        sizes = [parameter.numel() for parameter in wrapped.parameters()]
+        bucket = min(REDUCE_BUCKET, sum(sizes))
+        if overlap_reduction:  # there are two buffers, one to fill while the other is under way
+            bucket = max(*sizes, bucket // OVERLAPPING_BUCKETS)
         zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": bucket}
+        if zero_stage in (1, 2):
+            zero["overlap_comm"] = overlap_reduction
         if offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": group.device.type == "cuda"}
         settings = {

@@ -35,6 +35,7 @@ class TrainingState:
         engine = {
             "zero_stage": settings.engine.zero_stage, "precision": settings.engine.precision,
             "offload_optimizer": settings.engine.offload_optimizer, "compile": settings.engine.compile,
+            "overlap_reduction": settings.engine.overlap_reduction,
             "micro_batch_size": 1,  # DeepSpeed only counts with it
             "accumulation": accumulation, "found_inf": self.gate.found_inf,
         }  # fmt: skip
@@ -140,8 +141,9 @@ def build_objectives(
 
 
 def build_graphs(settings: Config, encoder: nn.Module, decoder: nn.Module, passes: int) -> Graphs:
-    if settings.engine.zero_stage == 3:
-        return PLAIN  # parameters are not whole
+    # At stage 3 parameters are not whole; and what is to overlap with a backward pass needs one.
+    if settings.engine.zero_stage == 3 or settings.engine.overlap_reduction:
+        return PLAIN
     return (SharedGraphs if settings.shares_forward(passes) else BriefGraphs)(encoder, decoder)
 
 

@@ -47,12 +47,13 @@ def plain(objective):
     return encoder.state_dict(), decoder.state_dict()
 
 
-def engines(objective, group, stage, accumulation):
+def engines(objective, group, stage, accumulation, overlap):
     gate = FiniteGate(group)
     encoder, decoder = (
         Engine(
             network, group, lr=2e-4, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, clip_grad_norm=CLIP, zero_stage=stage,
             precision="float32", offload_optimizer=False, micro_batch_size=1, accumulation=3, found_inf=gate.found_inf,
+            overlap_reduction=overlap,
         )
         for network in models.build(seed=3, **MODEL)
     )  # fmt: skip
@@ -70,7 +71,7 @@ def engines(objective, group, stage, accumulation):
         kind = SharedGraphs if accumulation == 1 else BriefGraphs
         train_step(
             encoder, decoder, None, objective, passes, gate, index, lr_encoder=2e-4, lr_decoder=2e-4, ema_decay=0.5,
-            graphs=PLAIN if stage == 3 else kind(encoder.network, decoder.network),
+            graphs=PLAIN if stage == 3 or overlap else kind(encoder.network, decoder.network),
         )  # fmt: skip
     # The state goes out whole and comes back in unchanged, whatever the stage.
     states = [engine.state_dict() for engine in (encoder, decoder)]
@@ -117,14 +118,43 @@ def gate_stops_all_ranks(group):
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
+def reduction_begins_before_the_last_gradient(group, overlap):
+    """Whether it does at ZeRO 2."""
+    gate = FiniteGate(group)
+    encoder, decoder = (
+        Engine(
+            network, group, lr=2e-4, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0, clip_grad_norm=None, zero_stage=2,
+            precision="float32", offload_optimizer=False, micro_batch_size=1, accumulation=1, found_inf=gate.found_inf,
+            overlap_reduction=overlap,
+        )
+        for network in models.build(seed=3, **MODEL)
+    )  # fmt: skip
+    freeze(encoder.network, decoder.network)
+    events = []
+    next(encoder.network.parameters()).register_hook(lambda gradient: events.append("last gradient"))
+    x, draws = next(batches())
+    objective = objectives.build("soft_intro_vae", num_values=256)
+    reduces = {name: getattr(dist, name) for name in ("all_reduce", "reduce", "reduce_scatter_tensor")}
+    try:
+        for name, reduce in reduces.items():
+            setattr(dist, name, lambda *a, _reduce=reduce, **b: (events.append("reduce"), _reduce(*a, **b))[1])
+        encoder.phase(lambda: objective.encoder_phase(encoder.network, decoder.network, x, draws))
+    finally:
+        for name, reduce in reduces.items():
+            setattr(dist, name, reduce)
+    assert "reduce" in events and events.count("last gradient") == 1, events
+    return events.index("reduce") < events.index("last gradient")
+
+
 def main():
     torch.set_num_threads(1)
     with distributed.join("cpu") as group:
         objective = objectives.build("soft_intro_vae", num_values=256, gamma_r=1e-2)
         reference = plain(objective)
         worst = 0.0
-        for stage, accumulation in itertools.product((0, 1, 2, 3), (1, 2)):
-            states = engines(objective, group, stage, accumulation)
+        overlaps = itertools.product((1, 2), (1, 2), (True,))
+        for stage, accumulation, overlap in [*itertools.product((0, 1, 2, 3), (1, 2), (False,)), *overlaps]:
+            states = engines(objective, group, stage, accumulation, overlap)
             error = max(
                 (state[name] - value).abs().max().item()
                 for state, expected in zip(states, reference)
@@ -132,8 +162,14 @@ def main():
             )
             worst = max(worst, error)
             if group.is_main:
-                print(f"ranks {group.world_size} stage {stage} accumulation {accumulation}: {error:.1e}", flush=True)
+                print(
+                    f"ranks {group.world_size} stage {stage} accumulation {accumulation} overlap {overlap}: {error:.1e}",
+                    flush=True,
+                )
         gate_stops_all_ranks(group)
+        if group.world_size > 1:
+            assert reduction_begins_before_the_last_gradient(group, overlap=True)
+            assert not reduction_begins_before_the_last_gradient(group, overlap=False)
         assert worst <= 1e-6, worst
         dist.barrier()
     if group.is_main:
