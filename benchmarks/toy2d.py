@@ -121,6 +121,8 @@ def verdict(output: Path, density: str) -> str:
     if "soft_intro_vae" not in means:
         return "Soft-IntroVAE has not been trained on it yet."
     ours, said = means.pop("soft_intro_vae"), []
+    if not means:
+        return "Nothing to compare Soft-IntroVAE with has been trained on it yet."
     for method, theirs in means.items():
         for name in ("kl", "jsd"):
             ratio = ours[name] / theirs[name]
