@@ -383,6 +383,7 @@ def main() -> None:
     options.switches = options.switches or [name for name in SWITCHES if device.type == "cuda" or name != "compile"]
     chosen = options.cases or [name for name, case in CASES.items() if device.type == "cuda" or not case.needs_gpu]
     stem = "step-" + re.sub(r"[^a-z0-9]+", "-", name_of(device).lower()).strip("-")
+    options.output.mkdir(parents=True, exist_ok=True)
     kept = options.output / f"{stem}.json"
     results = json.loads(kept.read_text()) if kept.exists() else {}
     for name in chosen:
