@@ -62,8 +62,9 @@ once a step; between the {NODE} GPUs of a node {LINKS["NVLink"] / 1e9:.0f} GB/s 
 one ring through all GPUs for each network, which moves 2 (n - 1) / n of the bytes over its slowest link, in 2 (n - 1) messages of
 {HOP_SEC * 1e6:.0f} microseconds each; ranks whose step times vary by {SPREAD:.0%}, so that the slowest of n is sqrt(2 ln n) times that late; data that is
 always there (docs/streaming.md has those sums). *One after the other*: gradients travel when a phase's backward pass is done, as
-the engines do it at zero_stage 0. *Overlapped*: they travel during it, the bound that no schedule of messages passes. NCCL's trees, which replace
-the ring where messages are many, are left out, so 512 GPUs are rather judged too low."""
+the engines do it by default. *Overlapped*: they travel during it, the bound that no schedule of messages passes; `engine.overlap_reduction`
+is the way there at zero_stage 1 and 2. NCCL's trees, which replace the ring where messages are many, are left out, so 512 GPUs are rather
+judged too low."""
 
 
 def work(batch_size: int, output: str) -> None:
