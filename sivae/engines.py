@@ -30,7 +30,7 @@ from sivae.profiling import span
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 REDUCE_BUCKET = 500_000_000  # elements at most, DeepSpeed's default
-OVERLAPPING_BUCKETS = 8  # of a network, where reduction overlaps with the backward pass
+OVERLAPPING_BUCKETS = 8  # of a network at most, about, where reduction overlaps with the backward pass
 
 
 class _PhaseModule(nn.Module):
@@ -81,11 +81,11 @@ class Engine:
         # The buffer that gradients are reduced in is allocated whole: by default 2 GB for each network, however small.
         sizes = [parameter.numel() for parameter in wrapped.parameters()]
         bucket = min(REDUCE_BUCKET, sum(sizes))
-        if overlap_reduction:  # there are two buffers, one to fill while the other is under way
+        if overlap_reduction:  # a layer that is larger than a bucket would travel by itself, when nothing else does
             bucket = max(*sizes, bucket // OVERLAPPING_BUCKETS)
         zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": bucket}
-        if zero_stage in (1, 2):
-            zero["overlap_comm"] = overlap_reduction
+        if overlap_reduction:
+            zero["overlap_comm"] = True
         if offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": group.device.type == "cuda"}
         settings = {

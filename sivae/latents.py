@@ -222,6 +222,8 @@ class DirectionFit:
         if deviation <= 1e-6 * length:
             raise UserError(f"{name}: the examples of each kind do not differ among themselves; give others")
         along = [torch.cat(examples.held_out).double() @ vector for examples in (positives, negatives)]
+        if not all(part.isfinite().all() for part in along):
+            raise UserError(f"{name}: some latents are not finite; is this a model whose training failed?")
         middle = float((positives.mean + negatives.mean) @ vector) / 2
         separation = Separation(
             distance=length / deviation,

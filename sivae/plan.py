@@ -104,7 +104,7 @@ def make(settings: Config, *, num_gpus: int, gpu_name: str, utilization: float |
     counted = _count_parameters(settings)
     assumptions = [
         f"kernels reach {utilization:.0%} of the roofline of a {gpu_name} (--utilization), not measured there",
-        f"an operation takes {LAUNCH_SEC * 1e6:.0f} microseconds to launch; GPUs exchange gradients while they compute",
+        f"an operation takes {LAUNCH_SEC * 1e6:.0f} microseconds to launch; what GPUs take to exchange gradients is left out",
         f"{RESERVED:.0%} of the memory stays for the CUDA context, NCCL, cuDNN and fragmentation",
     ]
     traces = [part.trace() for part in run]
@@ -206,7 +206,7 @@ def _memory(
         chosen = settings.model_copy(update={"engine": engine})
         found = trace if recompute == own else part.trace(chosen)
         for stage in range(4):
-            if settings.engine.offload_optimizer and stage == 0:
+            if stage == 0 and (settings.engine.offload_optimizer or settings.engine.overlap_reduction):
                 continue
             state = state_bytes(counted["encoder_parameters"], counted["decoder_parameters"], stage, num_gpus)
             if settings.engine.offload_optimizer:

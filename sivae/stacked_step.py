@@ -79,7 +79,7 @@ class StackedModels:
         encoder, decoder = self.encoder.weights(), self.decoder.weights()
         _, rec_image, rec, kl_real = _real(objective, encoder, decoder, x, draws)
         loss = objective.beta_rec * rec + objective.beta_kl * kl_real
-        gradients = torch.autograd.grad(loss.sum(), [*encoder.leaves, *decoder.leaves])
+        gradients = _gradients(loss, [*encoder.leaves, *decoder.leaves])
         self._update("encoder", gradients[:2])
         self._update("decoder", gradients[2:])
         return _detach(loss_encoder=loss, rec=rec, kl_real=kl_real, loss_decoder=objective.beta_rec * rec, rec_d=rec)
@@ -92,7 +92,7 @@ class StackedModels:
         kl_rec, kl_fake = _halves(_kl(*_encode(encoder, torch.cat([rec_image, fake], 1).detach())), size)
         hinge = 0.5 * (F.relu(objective.margin - kl_rec) + F.relu(objective.margin - kl_fake))
         loss = objective.beta_rec * rec + objective.beta_kl * (kl_real + objective.beta_neg * hinge)
-        self._update("encoder", torch.autograd.grad(loss.sum(), encoder.leaves, retain_graph=True))
+        self._update("encoder", _gradients(loss, encoder.leaves, retain_graph=True))
         terms = dict(loss_encoder=loss, rec=rec, kl_real=kl_real, kl_rec=kl_rec, kl_fake=kl_fake)
         return _detach(**terms, **self._decoder_phase(objective, decoder, rec_image, fake, rec))
 
@@ -111,7 +111,7 @@ class StackedModels:
         kl_rec, kl_fake = _halves(divergence, size)
         loss = objective.scale * (objective.beta_rec * rec + objective.beta_kl * kl_real)
         loss = loss + 0.25 * (exp_elbo_rec + exp_elbo_fake)
-        self._update("encoder", torch.autograd.grad(loss.sum(), encoder.leaves, retain_graph=True))
+        self._update("encoder", _gradients(loss, encoder.leaves, retain_graph=True))
         terms = dict(
             loss_encoder=loss, rec=rec, kl_real=kl_real, kl_rec=kl_rec, kl_fake=kl_fake,
             exp_elbo_rec=exp_elbo_rec, exp_elbo_fake=exp_elbo_fake,
@@ -127,7 +127,7 @@ class StackedModels:
         divergence = _kl(*_encode(encoder, torch.cat([rec_image, fake], 1)))
         kl_rec, kl_fake = _halves(divergence, rec_image.shape[1])
         loss = scale * (objective.beta_rec * rec + 0.5 * objective.beta_kl * (kl_rec + kl_fake))
-        self._update("decoder", torch.autograd.grad(loss.sum(), decoder.leaves))
+        self._update("decoder", _gradients(loss, decoder.leaves))
         return dict(loss_decoder=loss, rec_d=rec, kl_rec_d=kl_rec, kl_fake_d=kl_fake)
 
     def _update(self, name: str, gradients: Sequence[Tensor]) -> None:
@@ -145,6 +145,11 @@ def _real(
     z = objectives.reparameterize(mu, logvar, draws.eps_real)
     image = forward(decoder.layers, z)
     return z, image, _error(objective, x, image).mean(1), _kl(mu, logvar).mean(1)
+
+
+def _gradients(loss: Tensor, leaves: Sequence[Tensor], retain_graph: bool = False) -> tuple[Tensor, ...]:
+    """Of each model's loss by its own weights. A network without hidden layers has an empty leaf, which nothing depends on."""
+    return torch.autograd.grad(loss.sum(), leaves, retain_graph=retain_graph, materialize_grads=True)
 
 
 def _encode(weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -304,7 +304,9 @@ def _restore(stack: StackedModels, settings: Toy2dConfig, folder: Folder) -> int
         images_seen = int(tensors.pop("images_seen"))
         assert tensors.pop("seeds").tolist() == settings.run.seeds and stack.fits(tensors)
     except (SafetensorError, KeyError, AssertionError):
-        raise UserError(f"{folder.url}/{STATE_FILE}: is damaged or of another run; delete it to start anew") from None
+        raise UserError(
+            f"{folder.url}/{STATE_FILE}: is damaged, of another run or of another version of sivae; delete it to start anew"
+        ) from None
     stack.load(tensors)
     return images_seen
 

@@ -42,7 +42,7 @@ def read_images(
 
 
 def open_images(source: str, model: inference.Model) -> Sequence[Sample] | ImageStream:
-    """What `read_images` takes images from, for `_take`."""
+    """What `read_images` takes images from, for `take`."""
     from sivae.data import ImageStream
     from sivae.data.sources import DRAWN, IMAGE_SUFFIXES, open_source
 

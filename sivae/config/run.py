@@ -134,9 +134,9 @@ class EngineSettings(Section):
     """torch.compile both networks, on first use (minutes); needs zero_stage 0 to 2 and, on a CPU, a C++ compiler. Slower than
     without on the CPUs where it was measured; results differ by rounding."""
     overlap_reduction: bool = False
-    """Reduce gradients over the ranks in buckets while the backward pass goes on, at zero_stage 1 and 2 (3 always does). Each phase
-    is then differentiated at its end, in one pass, for which it keeps all activations; and no forward is shared. For slow links
-    between many ranks; on a CPU nothing overlaps."""
+    """Reduce gradients over the ranks in buckets while the backward pass goes on; needs zero_stage 1 to 3. Each phase is then
+    differentiated at its end, in one pass, for which it keeps all activations; and no forward is shared. For slow links between
+    many ranks; on a CPU nothing overlaps, and on GPUs nobody has measured it yet."""
     offload_optimizer: bool = False
     """Keep optimizer states in CPU memory. Compiles DeepSpeed's CPU Adam on first use (minutes); needs zero_stage 1 to 3."""
 
@@ -144,8 +144,8 @@ class EngineSettings(Section):
     def _check(self):
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer: needs zero_stage 1, 2 or 3")
-        if self.overlap_reduction and self.zero_stage not in (1, 2):
-            raise ValueError("overlap_reduction: needs zero_stage 1 or 2")
+        if self.overlap_reduction and self.zero_stage == 0:
+            raise ValueError("overlap_reduction: needs zero_stage 1, 2 or 3")
         if self.compile and self.zero_stage == 3:
             raise ValueError("compile: needs zero_stage 0, 1 or 2")
         return self

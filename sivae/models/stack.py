@@ -88,10 +88,12 @@ class _Narrow(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        of_weight = torch.bmm(grad.mT, x.float()).mT
-        return torch.bmm(grad, weight.mT).to(x.dtype), of_weight, grad.sum(1, keepdim=True)
+        of_x = torch.bmm(grad, weight.mT).to(x.dtype)
+        if not ctx.needs_input_grad[1]:  # frozen
+            return of_x, None, None
+        return of_x, torch.bmm(grad.mT, x.float()).mT, grad.sum(1, keepdim=True)
 
 
 def _parted(layers: list) -> tuple[list, list]:

@@ -14,4 +14,4 @@ def test_engines_equal_plain_torch(ranks):
     done = run_torchrun(ranks, ["-m", "tests.distributed.equality_worker"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip().endswith("equal"), done.stdout
-    assert done.stdout.count("stage") == 12
+    assert done.stdout.count("stage") == 14

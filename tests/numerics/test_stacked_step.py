@@ -125,6 +125,16 @@ def test_bfloat16_is_close_and_weights_stay_float32():
     assert rounded.encoder.parameter.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_networks_without_hidden_layers_are_stepped_too(name):
+    pairs = [models.build("mlp", seed=seed, **FIELDS | {"num_layers": 0}) for seed in range(2)]
+    stack = StackedModels(pairs, LR, torch.bfloat16)
+    before = [part.parameter.detach().clone() for part in (stack.encoder, stack.decoder)]
+    terms = stack.step(OBJECTIVES[name], *draws_of(2, 0))
+    assert all(value.isfinite().all() for value in terms.values())
+    assert not any(torch.equal(*pair) for pair in zip(before, (stack.encoder.parameter, stack.decoder.parameter)))
+
+
 def test_coordinates_pass_bfloat16_networks_unrounded():
     """A network that copies its input to its output keeps more of it than bfloat16 would."""
     stack = StackedModels(networks(1), LR, torch.bfloat16)

@@ -156,7 +156,7 @@ WRONG = [
         "decoder_optimizer.eps_hat: ", "engine.offload_optimizer",
     ),
     (["engine.offload_optimizer=true"], "engine.offload_optimizer: ", "needs zero_stage 1, 2 or 3"),
-    (["engine.overlap_reduction=true"], "engine.overlap_reduction: ", "needs zero_stage 1 or 2"),
+    (["engine.overlap_reduction=true"], "engine.overlap_reduction: ", "needs zero_stage 1, 2 or 3"),
     (["engine={zero_stage: 2, overlap_reduction: true, shared_forward: true}"], "engine.shared_forward: ", "with overlap_reduction"),
     (["objective={name: bootstrap, gamma_r: 0.0}"], "objective.gamma_r: ", "greater than 0"),
     (["schedule.batch_size=2000"], "schedule.batch_size: ", "2000 is more than schedule.total_images=1000"),

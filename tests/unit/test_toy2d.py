@@ -299,7 +299,7 @@ def test_a_damaged_state_is_told(tmp_path):
     whole = (tmp_path / "state.safetensors").read_bytes()
     for bad in (b"", whole[:100], whole[:-8]):
         (tmp_path / "state.safetensors").write_bytes(bad)
-        with pytest.raises(UserError, match="state.safetensors: is damaged or of another run; delete it"):
+        with pytest.raises(UserError, match="state.safetensors: is damaged, of another run or of another version"):
             toy2d.train(settings(tmp_path))
 
 

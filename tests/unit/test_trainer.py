@@ -5,6 +5,7 @@ pytest tests/unit/test_trainer.py
 
 import json
 import math
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from PIL import Image
 import sivae
 from sivae import checkpoint, config, distributed, images, inference, models, objectives, trainer
 from sivae.engines import Engine
+from sivae.graphs import PLAIN
 from sivae.objectives import Draws
+from sivae.state import TrainingState
 from sivae.step import FiniteGate, Pass, train_step
 from sivae.storage import Folder
 from tests.host_reads import HostReads
@@ -299,6 +302,33 @@ def test_a_level_multiplies_beta_neg(run):
     ]
     factor, larger, smaller = ([line["terms/exp_elbo_fake"] for line in lines] for _, _, lines in runs)
     assert factor == larger and factor != smaller
+
+
+@pytest.mark.slow  # a C++ compiler at work for a minute or two
+def test_a_compiled_run_is_the_same_to_rounding(run):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs g++ on a CPU")
+    common = [
+        "engine.channels_last=true",
+        "schedule.total_images=32",
+        "tracking.log_images=16",
+        "schedule.batch_size=16",
+    ]
+    plain, compiled = (run(*common, f"engine.compile={on}", name=f"compile-{on}")[2] for on in ("false", "true"))
+    assert len(plain) == len(compiled) > 1
+    for ours, theirs in zip(compiled, plain):
+        terms = {name: value for name, value in theirs.items() if name.startswith("terms/")}
+        assert len(terms) > 5 and {name: ours[name] for name in terms} == pytest.approx(terms, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_overlap_reduction_reaches_both_engines(overlap):
+    overrides = ["engine.zero_stage=2", f"engine.overlap_reduction={overlap}", "model.channels=[8,16]"]
+    settings = config.load("configs/digits.yaml", overrides)
+    with distributed.join("cpu") as group:
+        state = TrainingState(settings, group, accumulation=1)
+        assert (state.graphs(1) is PLAIN) == overlap
+        assert [engine.engine.zero_overlap_comm() for engine in (state.encoder, state.decoder)] == [overlap, overlap]
 
 
 def test_images_fade_in_as_their_level_does(run, tmp_path, monkeypatch):
