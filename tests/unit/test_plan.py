@@ -171,6 +171,13 @@ def test_a_gpu_keeps_more_in_bfloat16_than_a_cpu():
         assert len(set(kept(norm, "float32"))) == 1
 
 
+@pytest.mark.parametrize("setting", ["offload_optimizer", "overlap_reduction"])
+def test_no_stage_is_planned_that_the_settings_refuse(setting):
+    settings = settings_of(CONV | {"resolution": 16, "channels": [8, 8]}, {"zero_stage": 1, setting: True})
+    made = plan.make(settings, num_gpus=1, gpu_name="h100")
+    assert {row["stage"] for row in made["memory"]} == {1, 2, 3}
+
+
 def test_the_checkpoint_has_the_size_that_was_planned(tmp_path, cache_dir):
     overrides = [
         f"run.directory={tmp_path / 'run'}", f"data.cache_dir={cache_dir}", "data.num_workers=0", "schedule.total_images=16", *HEAVY,
