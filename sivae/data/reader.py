@@ -4,6 +4,7 @@ All that changes between runs is who reads a sample. What is read, in which orde
 follows from (seed, position) alone (see `order`), so resuming is starting at another position.
 """
 
+import atexit
 import dataclasses
 import logging
 import math
@@ -32,6 +33,7 @@ from sivae.errors import UserError, shown
 from sivae.storage import Folder
 
 logger = logging.getLogger(__name__)
+END_SEC = 5  # that the end of a process waits for an item that is being read ahead
 GRACE_SEC = 60  # what a worker may take for one batch beyond the time that storage may take
 STOP_SEC = 30  # after SIGTERM, until a worker that hangs is ended
 MAX_SUBSTITUTES = 8  # damaged samples in a row until the set is taken for lost
@@ -329,9 +331,18 @@ def one_ahead(work: Callable, items: Iterator, limit_sec: float) -> Iterator:
                 done.put((work(item), None))
             except BaseException as error:  # noqa: BLE001 - raised where the result is taken
                 done.put((None, error))
+        atexit.unregister(end)
 
-    # A daemon, unlike a pool's threads: a read that hangs must not hold up the end of the process.
-    threading.Thread(target=serve, name="sivae-read-ahead", daemon=True).start()
+    # A daemon, unlike a pool's threads: a read that hangs must not hold up the end of the process. But one that is at work in
+    # torch when Python ends aborts the process, so the end waits for the item in hand for a while.
+    thread = threading.Thread(target=serve, name="sivae-read-ahead", daemon=True)
+    thread.start()
+
+    def end():
+        asked.put(None)
+        thread.join(END_SEC)
+
+    atexit.register(end)
     try:
         asked.put(next(items))
         while True:

@@ -15,6 +15,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -725,3 +727,20 @@ def test_a_child_opens_its_own_filesystem(web):
     assert storage.fs is opened
     storage._pid = -1  # what a forked child finds
     assert storage.fs is not opened
+
+
+def test_a_process_that_ends_while_it_reads_ahead_ends_well():
+    """A daemon thread that is at work in torch when Python ends would abort it."""
+    code = (
+        "import itertools, torch\n"
+        "from sivae.data.reader import one_ahead\n"
+        "x = torch.randn(400, 400)\n"
+        "def work(i):\n"
+        "    for _ in range(60 if i else 1):\n"
+        "        y = torch.from_numpy((x @ x).numpy())\n"
+        "    return y\n"
+        "items = one_ahead(work, itertools.count(), 60)\n"
+        "next(items)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
