@@ -44,14 +44,13 @@ FIGURES = {
 }  # fmt: skip
 
 
-def cell_file(output: Path, density: str, method: str, precision: str) -> Path:
-    suffix = "" if precision == "bfloat16" else f"-{precision}"
-    return output / "toy2d" / f"{density}-{method}{suffix}.json"
+def cell_file(output: Path, density: str, method: str) -> Path:
+    return output / "toy2d" / f"{density}-{method}.json"
 
 
-def read(output: Path, density: str, method: str, precision: str) -> dict[int, dict]:
+def read(output: Path, density: str, method: str) -> dict[int, dict]:
     """Stored figures by seed."""
-    path = cell_file(output, density, method, precision)
+    path = cell_file(output, density, method)
     return {entry["seed"]: entry for entry in json.loads(path.read_text())} if path.exists() else {}
 
 
@@ -64,7 +63,7 @@ def read_settings(options: argparse.Namespace, density: str, method: str, *overr
 
 def train_missing(options: argparse.Namespace, density: str, method: str) -> None:
     whole = read_settings(options, density, method).schedule.total_images
-    done = read(options.output, density, method, options.precision)
+    done = read(options.output, density, method)
     missing = [seed for seed in options.seeds if seed not in done or done[seed]["images_seen"] < whole]
     if missing:
         directory = options.work / f"{density}-{method}-{options.precision}-{'-'.join(map(str, missing))}"
@@ -88,8 +87,9 @@ def judge_unfinished(options: argparse.Namespace, density: str, method: str) -> 
 
 
 def store(options: argparse.Namespace, density: str, method: str, figures: list[dict]) -> None:
-    entries = read(options.output, density, method, options.precision) | {entry["seed"]: entry for entry in figures}
-    path = cell_file(options.output, density, method, options.precision)
+    own = {entry["seed"]: entry | {"precision": options.precision} for entry in figures}
+    entries = read(options.output, density, method) | own
+    path = cell_file(options.output, density, method)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([entries[seed] for seed in sorted(entries)], indent=1) + "\n")
 
@@ -105,6 +105,9 @@ def row(label: str, seeds: dict[int, dict]) -> str:
     modes = [f"{entry['modes']}/{entry['num_modes']}" for entry in finite if "modes" in entry]
     on_mode = [entry["on_mode"] for entry in finite if "on_mode" in entry]
     cells += [", ".join(modes), f"{statistics.mean(on_mode):.2f}" if on_mode else "", f"{len(finite)} of {len(seeds)}"]
+    precise = sum(entry["precision"] == "float32" for entry in seeds.values())
+    if precise:
+        label += f" ({precise} of {len(seeds)} in float32)"
     steps = sorted({entry["images_seen"] // BATCH_SIZE for entry in seeds.values()})
     if steps != [STEPS]:
         label += f" (after {', '.join(f'{count:,}' for count in steps)} steps)"
@@ -115,7 +118,7 @@ def verdict(output: Path, density: str) -> str:
     """How Soft-IntroVAE's means compare; they fall short above half of a VAE's, or above IntroVAE's."""
     means = {}
     for method in METHODS:
-        finite = [entry for entry in read(output, density, method, "bfloat16").values() if entry["finite"]]
+        finite = [entry for entry in read(output, density, method).values() if entry["finite"]]
         if finite:
             means[method] = {name: statistics.mean(entry[name] for entry in finite) for name in ("kl", "jsd")}
     if "soft_intro_vae" not in means:
@@ -138,17 +141,16 @@ def write_table(options: argparse.Namespace) -> None:
         "# Densities in the plane",
         "",
         f"`python benchmarks/toy2d.py` with sivae {sivae.__version__}, torch {torch.__version__}; 30,000 steps of 512 points, bfloat16 in",
-        "the hidden layers. Mean and standard deviation over as many seeds as the last column says; what is missing has not been trained",
-        "yet. Lower is better everywhere but in the two columns of modes. gnELBO, KL and JSD are the published figures, which are no",
-        "divergences; the textbook's beside them are in nats (see sivae/metrics/toy2d.py). The betas are those of the published README,",
-        "which gives one set for each density; as they blur a VAE, a row has a VAE with sharper ones.",
+        "the hidden layers where a row does not say float32. Mean and standard deviation over as many seeds as the last column says;",
+        "what is missing has not been trained yet. Lower is better everywhere but in the two columns of modes. gnELBO, KL and JSD are the",
+        "published figures, which are no divergences; the textbook's beside them are in nats (see sivae/metrics/toy2d.py). The betas are",
+        "those of the published README, which gives one set for each density; as they blur a VAE, a row has a VAE with sharper ones.",
     ]  # fmt: skip
     for density in [*PAPER, "25gaussians"]:
         rows = [
-            row(f"{label}{note}", seeds)
+            row(label, seeds)
             for method, (label, _, _) in METHODS.items()
-            for precision, note in (("bfloat16", ""), ("float32", ", all in float32"))
-            if (seeds := read(options.output, density, method, precision))
+            if (seeds := read(options.output, density, method))
         ]
         if rows:
             lines += ["", f"## {density}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *rows]
@@ -159,14 +161,15 @@ def write_table(options: argparse.Namespace) -> None:
 
 
 def draw(options: argparse.Namespace, density: str) -> bool:
-    """The first seed of each method side by side, where its model is still in the work folder; whether there is a picture."""
+    """A model of each method that has figures side by side, where all are still in the work folder; whether there is a picture."""
     found = {}
-    for method, (label, _, _) in METHODS.items():
-        models = sorted(options.work.glob(f"{density}-{method}-bfloat16-*/models/*"))
+    judged = [method for method in METHODS if cell_file(options.output, density, method).exists()]
+    for method in judged:
+        models = sorted(options.work.glob(f"{density}-{method}-*float*/models/*"), key=lambda path: int(path.name))
         if models:
-            found[label.replace(", ", "\n", 1)] = sivae.load(str(models[0]))
+            found[METHODS[method][0].replace(", ", "\n", 1)] = sivae.load(str(models[0]))
     path = options.output / "toy2d" / f"{density}.png"
-    if found:
+    if len(found) == len(judged):
         path.write_bytes(toy2d.draw(DENSITIES[density], found))
     return path.exists()
 

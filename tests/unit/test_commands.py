@@ -20,6 +20,7 @@ from sivae import inference
 from sivae.cli import main
 from sivae.config import parse_model
 from sivae.data.pack import pack
+from sivae.doctor import product_speeds
 from sivae.errors import UserError
 from sivae.images import grid, pixels
 
@@ -223,6 +224,19 @@ def test_doctor_without_a_config(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"torch {metadata.version('torch')}" in out and "deepspeed" in out and "nothing stands in the way" in out
+
+
+@pytest.mark.parametrize("bfloat16, part", [(5e10, "0.5 times as fast"), (3e11, "3 times as fast")])
+def test_doctor_says_which_precision_is_faster(capsys, monkeypatch, bfloat16, part):
+    monkeypatch.setattr("sivae.doctor.product_speeds", lambda device: {"float32": 1e11, "bfloat16": bfloat16})
+    assert main(["doctor"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "products run" in line]
+    assert part in line and ("no time" in line) == (bfloat16 < 1e11)
+
+
+def test_speeds_of_products_are_measured():
+    speeds = product_speeds(torch.device("cpu"))
+    assert set(speeds) == {"float32", "bfloat16"} and all(1e8 < speed < 1e16 for speed in speeds.values())
 
 
 def test_doctor_with_a_config_that_works(here, capsys):
