@@ -11,14 +11,14 @@ together. What the stack leaves out because it changes nothing:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sivae import allocator, objectives
-from sivae.models.stack import MlpStack, Weights, forward
+from sivae.models.stack import MlpStack, Pass
 from sivae.objectives import Draws, IntroVae, SoftIntroVae, Vae
 
 Terms = dict[str, Tensor]
@@ -54,6 +54,7 @@ class StackedModels:
             self.adams[name].state[stack.parameter] = {
                 key: tensors[f"{name}.{key}"].to(stack.parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
+            stack.updated()
 
     def fits(self, tensors: dict[str, Tensor]) -> bool:
         """Whether `tensors` are those of a stack of this size."""
@@ -70,91 +71,98 @@ class StackedModels:
         if isinstance(objective, SoftIntroVae):
             # Those passes would be needed for it; published 1e-8 is nothing at float32.
             assert objective.gamma_r == 0, "the stacked step leaves the reconstructions of generated samples out"
-            return self._soft_intro_vae(objective, x, draws)
-        if isinstance(objective, IntroVae):
-            return self._intro_vae(objective, x, draws)
+        if isinstance(objective, IntroVae | SoftIntroVae):
+            return self._introspective(objective, x, draws)
         return self._vae(objective, x, draws)
 
     def _vae(self, objective: Vae, x: Tensor, draws: Draws) -> Terms:
-        encoder, decoder = self.encoder.weights(), self.decoder.weights()
-        _, rec_image, rec, kl_real = _real(objective, encoder, decoder, x, draws)
+        encoder, decoder = self.encoder, self.decoder
+        real = _encode(encoder, x, draws.eps_real)
+        made = decoder.forward(real.z.detach())
+        image = _leaf(made.out)
+        rec, kl_real = _error(objective, x, image).mean(1), real.kl.mean(1)
         loss = objective.beta_rec * rec + objective.beta_kl * kl_real
-        gradients = _gradients(loss, [*encoder.leaves, *decoder.leaves])
-        self._update("encoder", gradients[:2])
-        self._update("decoder", gradients[2:])
+        [by_image] = torch.autograd.grad(loss.sum(), [image], retain_graph=True)
+        by_z = decoder.backward(made, by_image, weights=True, inputs=True)
+        [by_code] = torch.autograd.grad([loss.sum(), real.z], [real.code], [None, by_z])
+        encoder.backward(real.taken, by_code, weights=True)
+        self._update("encoder")
+        self._update("decoder")
         return _detach(loss_encoder=loss, rec=rec, kl_real=kl_real, loss_decoder=objective.beta_rec * rec, rec_d=rec)
 
-    def _intro_vae(self, objective: IntroVae, x: Tensor, draws: Draws) -> Terms:
-        encoder, decoder = self.encoder.weights(), self.decoder.weights()
-        size = x.shape[1]
-        _, rec_image, rec, kl_real = _real(objective, encoder, decoder, x, draws)
-        fake = forward(decoder.layers, draws.z_prior)
-        kl_rec, kl_fake = _halves(_kl(*_encode(encoder, torch.cat([rec_image, fake], 1).detach())), size)
-        hinge = 0.5 * (F.relu(objective.margin - kl_rec) + F.relu(objective.margin - kl_fake))
-        loss = objective.beta_rec * rec + objective.beta_kl * (kl_real + objective.beta_neg * hinge)
-        self._update("encoder", _gradients(loss, encoder.leaves, retain_graph=True))
-        terms = dict(loss_encoder=loss, rec=rec, kl_real=kl_real, kl_rec=kl_rec, kl_fake=kl_fake)
-        return _detach(**terms, **self._decoder_phase(objective, decoder, rec_image, fake, rec))
+    def _introspective(self, objective: IntroVae | SoftIntroVae, x: Tensor, draws: Draws) -> Terms:
+        """Of generated samples, fakes come first and reconstructions after them."""
+        encoder, decoder, size = self.encoder, self.decoder, x.shape[1]
+        soft = isinstance(objective, SoftIntroVae)
+        scale = objective.scale if soft else 1.0
 
-    def _soft_intro_vae(self, objective: SoftIntroVae, x: Tensor, draws: Draws) -> Terms:
-        encoder, decoder = self.encoder.weights(), self.decoder.weights()
-        size = x.shape[1]
-        _, rec_image, rec, kl_real = _real(objective, encoder, decoder, x, draws)
-        fake = forward(decoder.layers, draws.z_prior)
-        # The encoder's input is detached, the target of the error is not: through `rec` gradient reaches the encoder.
-        generated = torch.cat([rec_image, fake.detach()], 1)
-        mu, logvar = _encode(encoder, generated.detach())
-        z = objectives.reparameterize(mu, logvar, torch.cat([draws.eps_rec, draws.eps_fake], 1))
-        error, divergence = _error(objective, generated, forward(decoder.layers, z)), _kl(mu, logvar)
-        exp_elbo = (-2 * objective.scale * (objective.beta_rec * error + objective.beta_neg * divergence)).exp()
-        exp_elbo_rec, exp_elbo_fake = _halves(exp_elbo, size)
-        kl_rec, kl_fake = _halves(divergence, size)
-        loss = objective.scale * (objective.beta_rec * rec + objective.beta_kl * kl_real)
-        loss = loss + 0.25 * (exp_elbo_rec + exp_elbo_fake)
-        self._update("encoder", _gradients(loss, encoder.leaves, retain_graph=True))
-        terms = dict(
-            loss_encoder=loss, rec=rec, kl_real=kl_real, kl_rec=kl_rec, kl_fake=kl_fake,
-            exp_elbo_rec=exp_elbo_rec, exp_elbo_fake=exp_elbo_fake,
-        )  # fmt: skip
-        scale = objective.scale
-        return _detach(**terms, **self._decoder_phase(objective, decoder, rec_image, fake, rec, scale))
+        real = _encode(encoder, x, draws.eps_real)
+        made = decoder.forward(torch.cat([draws.z_prior, real.z.detach()], 1))
+        images = _leaf(made.out)
+        rec, kl_real = _error(objective, x, images[:, size:]).mean(1), real.kl.mean(1)
+        generated = _encode(encoder, images.detach(), torch.cat([draws.eps_fake, draws.eps_rec], 1) if soft else None)
+        kl_fake, kl_rec = _halves(generated.kl)
+        terms = dict(rec=rec, kl_real=kl_real, kl_rec=kl_rec, kl_fake=kl_fake)
+        if soft:
+            remade = decoder.forward(generated.z.detach())
+            again = _leaf(remade.out)
+            # The encoder's input is detached, the target of the error is not: through a reconstruction gradient reaches the encoder.
+            error = _error(objective, torch.cat([images[:, :size].detach(), images[:, size:]], 1), again)
+            exp_elbo = (-2 * scale * (objective.beta_rec * error + objective.beta_neg * generated.kl)).exp()
+            exp_elbo_fake, exp_elbo_rec = _halves(exp_elbo)
+            loss = scale * (objective.beta_rec * rec + objective.beta_kl * kl_real)
+            loss = loss + 0.25 * (exp_elbo_rec + exp_elbo_fake)
+            terms |= dict(exp_elbo_rec=exp_elbo_rec, exp_elbo_fake=exp_elbo_fake)
+            by_images, by_again = torch.autograd.grad(loss.sum(), [images, again], retain_graph=True)
+            drawn = {generated.z: decoder.backward(remade, by_again, inputs=True)}
+        else:
+            hinge = 0.5 * (F.relu(objective.margin - kl_rec) + F.relu(objective.margin - kl_fake))
+            loss = objective.beta_rec * rec + objective.beta_kl * (kl_real + objective.beta_neg * hinge)
+            [by_images] = torch.autograd.grad(loss.sum(), [images], retain_graph=True)
+            drawn = {}
+        drawn[real.z] = decoder.backward(made.last(size), by_images[:, size:], inputs=True)
+        by_code, by_generated = torch.autograd.grad(
+            [loss.sum(), *drawn], [real.code, generated.code], [None, *drawn.values()], retain_graph=True
+        )
+        encoder.backward(real.taken, by_code, weights=True)
+        encoder.backward(generated.taken, by_generated, weights=True)
+        self._update("encoder")
 
-    def _decoder_phase(
-        self, objective: Vae, decoder: Weights, rec_image: Tensor, fake: Tensor, rec: Tensor, scale: float = 1.0
-    ) -> Terms:
-        """Against the updated encoder, whose weights get no gradient."""
-        encoder = self.encoder.weights(trained=False)
-        divergence = _kl(*_encode(encoder, torch.cat([rec_image, fake], 1)))
-        kl_rec, kl_fake = _halves(divergence, rec_image.shape[1])
-        loss = scale * (objective.beta_rec * rec + 0.5 * objective.beta_kl * (kl_rec + kl_fake))
-        self._update("decoder", _gradients(loss, decoder.leaves))
-        return dict(loss_decoder=loss, rec_d=rec, kl_rec_d=kl_rec, kl_fake_d=kl_fake)
+        seen = _encode(encoder, images.detach())
+        kl_fake, kl_rec = _halves(seen.kl)
+        loss_d = scale * (objective.beta_rec * rec + 0.5 * objective.beta_kl * (kl_rec + kl_fake))
+        by_code, by_images = torch.autograd.grad(loss_d.sum(), [seen.code, images])
+        by_images = by_images + encoder.backward(seen.taken, by_code, inputs=True)
+        decoder.backward(made, by_images, weights=True)
+        self._update("decoder")
+        terms |= dict(loss_encoder=loss, loss_decoder=loss_d, rec_d=rec, kl_rec_d=kl_rec, kl_fake_d=kl_fake)
+        return _detach(**terms)
 
-    def _update(self, name: str, gradients: Sequence[Tensor]) -> None:
-        """gradients: by the leaves of that network's weights."""
-        ends, hidden = gradients
-        self.stacks[name].parameter.grad = torch.cat([ends, hidden.float()])
+    def _update(self, name: str) -> None:
         self.adams[name].step()
+        self.stacks[name].updated()
 
 
-def _real(
-    objective: Vae, encoder: Weights, decoder: Weights, x: Tensor, draws: Draws
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z of real samples, their reconstructions, and of each model the batch means of the ELBO's two terms."""
-    mu, logvar = _encode(encoder, x)
-    z = objectives.reparameterize(mu, logvar, draws.eps_real)
-    image = forward(decoder.layers, z)
-    return z, image, _error(objective, x, image).mean(1), _kl(mu, logvar).mean(1)
+@dataclass(frozen=True)
+class _Encoded:
+    """A pass of the encoder: its output as a leaf of the graph of what follows from it, draws from its posteriors, KLs [S, B]."""
+
+    taken: Pass
+    code: Tensor
+    z: Tensor | None
+    kl: Tensor
 
 
-def _gradients(loss: Tensor, leaves: Sequence[Tensor], retain_graph: bool = False) -> tuple[Tensor, ...]:
-    """Of each model's loss by its own weights. A network without hidden layers has an empty leaf, which nothing depends on."""
-    return torch.autograd.grad(loss.sum(), leaves, retain_graph=retain_graph, materialize_grads=True)
+def _encode(encoder: MlpStack, x: Tensor, eps: Tensor | None = None) -> _Encoded:
+    taken = encoder.forward(x)
+    code = _leaf(taken.out)
+    mu, logvar = code.chunk(2, dim=2)
+    z = None if eps is None else objectives.reparameterize(mu, logvar, eps)
+    return _Encoded(taken, code, z, _kl(mu, logvar))
 
 
-def _encode(weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
-    mu, logvar = forward(weights.layers, x).chunk(2, dim=2)
-    return mu, logvar
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.requires_grad_()
 
 
 def _kl(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -167,9 +175,10 @@ def _error(objective: Vae, target: Tensor, rec: Tensor) -> Tensor:
     return objective.rec(target.flatten(0, 1), rec.flatten(0, 1)).unflatten(0, rec.shape[:2])
 
 
-def _halves(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Means over the reconstructions, which come first, and over the fakes: [S, 2B] -> two of [S]."""
-    return values[:, :size].mean(1), values[:, size:].mean(1)
+def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over the fakes, which come first, and over the reconstructions: [S, 2B] -> two of [S]."""
+    fake, rec = values.chunk(2, dim=1)
+    return fake.mean(1), rec.mean(1)
 
 
 def _detach(**terms: Tensor) -> Terms:

@@ -3,97 +3,115 @@
 Source: the networks of `sivae.models.mlp`, which a stack is made of and written back to. Differs on purpose: `dtype` is that
 of the hidden layers alone. The first and the last are small and carry coordinates, which bfloat16 would round to 0.008
 around 1, half the width of a mode of the 8 Gaussians; they stay float32, like all weights.
+
+Passes are differentiated here and not by autograd, which for networks this small takes longer to keep its books than the
+products take: a forward pass keeps what it went through, and a backward pass makes the gradient by the input, or by the
+weights, or both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sivae.models.mlp import MlpDecoder, MlpEncoder
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What a pass takes. `leaves` are what it is differentiated by: the first and the last layer in float32, and the hidden
-    layers in the stack's dtype. `layers`: views of them, weight [S, in, out], bias [S, 1, out], and so on."""
+class Pass:
+    """A forward pass: the input [S, B, in], what each ReLU gave [S, B, hidden], and the output [S, B, out]."""
 
-    leaves: tuple[Tensor, Tensor]
-    layers: list[Tensor]
+    x: Tensor
+    activations: list[Tensor]
+    out: Tensor
+
+    def last(self, count: int) -> Pass:
+        """Of the last so many samples."""
+        return Pass(self.x[:, -count:], [kept[:, -count:] for kept in self.activations], self.out[:, -count:])
 
 
 class MlpStack:
-    """The weights of `networks`, all of one class and shape, as one float32 leaf: a cast, a gradient and a step of Adam
-    are then one call each, not one for each layer."""
+    """The weights of `networks`, all of one class and shape, as one float32 `parameter`: a cast and a step of Adam are then one
+    call each, not one for each layer. `backward` adds to its `grad`."""
 
     def __init__(self, networks: Sequence[MlpEncoder] | Sequence[MlpDecoder], dtype: torch.dtype = torch.float32):
         assert all(not network.num_classes for network in networks), "a stack takes no labels"
         assert not any(getattr(network, "sigmoid", False) for network in networks), "a stack ends linearly"
-        self.dtype = dtype
         layers: list[Tensor] = []
         for column in zip(*(_linears(network) for network in networks)):
             layers.append(torch.stack([layer.weight.detach().t() for layer in column]))
             layers.append(torch.stack([layer.bias.detach() for layer in column])[:, None])
-        self.shapes = [layer.shape for layer in layers]
+        self._shapes = [layer.shape for layer in layers]
         ends, hidden = _parted(layers)
-        self.sizes = [sum(layer.numel() for layer in part) for part in (ends, hidden)]
-        self.parameter = torch.cat([layer.flatten() for layer in (*ends, *hidden)]).requires_grad_()
+        self._num_ends = sum(layer.numel() for layer in ends)
+        flat = torch.cat([layer.flatten() for layer in (*ends, *hidden)])
+        self.parameter = nn.Parameter(flat)
+        self.parameter.grad = torch.zeros_like(flat)
+        self.dtype = dtype if hidden else torch.float32
+        ends, hidden = self.parameter.detach().split([self._num_ends, flat.numel() - self._num_ends])
+        self._exact, self._rounded = hidden, hidden.to(self.dtype)  # one memory where both are float32
+        self._layers = self._views(ends, self._rounded)
+        self._gradients = self._views(*self.parameter.grad.split([ends.numel(), hidden.numel()]))
 
-    def weights(self, trained: bool = True) -> Weights:
-        """Good until the next update, for they may share the parameter's memory."""
-        ends, hidden = self.parameter.detach().split(self.sizes)
-        leaves = ends.requires_grad_(trained), hidden.to(self.dtype).requires_grad_(trained)
-        return Weights(leaves, self._layers(*leaves))
+    def updated(self) -> None:
+        """To be called when `parameter` has changed: rounds it anew and clears its gradient."""
+        self._rounded.copy_(self._exact)
+        self.parameter.grad.zero_()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Pass:
+        """A pass of all networks: float32 [S, B, in] -> float32 [S, B, out]."""
+        first, first_bias, *hidden, last, last_bias = self._layers
+        activations = [F.relu_(torch.baddbmm(first_bias, x, first)).to(self.dtype)]
+        for weight, bias in zip(hidden[::2], hidden[1::2]):
+            activations.append(F.relu_(torch.baddbmm(bias, activations[-1], weight)))
+        # Few columns: as a product from the left, which BLAS does several times faster.
+        out = torch.baddbmm(last_bias.mT, last.mT, activations[-1].float().mT).mT.contiguous()
+        return Pass(x, activations, out)
+
+    @torch.no_grad()
+    def backward(self, taken: Pass, grad: Tensor, *, weights: bool = False, inputs: bool = False) -> Tensor | None:
+        """From the gradient by the output of a pass, [S, B, out]: that by the weights is added to `parameter.grad`, that by the
+        inputs, [S, B, in], is returned."""
+        before = [taken.x, *taken.activations]
+        for layer, by_output in enumerate(self._by_outputs(grad, taken.activations), 1):
+            if weights:
+                ends = layer in (1, len(before))
+                kept, by_output = (before[-layer].float(), by_output.float()) if ends else (before[-layer], by_output)
+                self._gradients[-2 * layer].add_(torch.bmm(kept.mT, by_output))
+                self._gradients[1 - 2 * layer].add_(by_output.sum(1, keepdim=True))
+        return torch.bmm(by_output.float(), self._layers[0].mT) if inputs else None
+
+    def _by_outputs(self, grad: Tensor, activations: list[Tensor]) -> Iterator[Tensor]:
+        """The gradients by the outputs of the layers, from the last to the first."""
+        yield grad
+        for after, weight in zip(reversed(activations), self._layers[-2:0:-2]):
+            grad = torch.bmm(grad, weight.mT).to(self.dtype)
+            # That of ReLU, in place. A bfloat16 is above 0 where its bits are as an integer, which is four times faster to tell.
+            bits, above = (value.view(torch.int16) if value.itemsize == 2 else value for value in (grad, after))
+            torch.ops.aten.threshold_backward.grad_input(bits, above, 0, grad_input=bits)
+            yield grad
 
     @torch.no_grad()
     def write_to(self, networks: Sequence[nn.Module]) -> None:
         """The weights, back into networks of the kind that the stack was made of."""
-        layers = self._layers(*self.parameter.split(self.sizes))
+        layers = self._views(*self.parameter.split([self._num_ends, self.parameter.numel() - self._num_ends]))
         for index, network in enumerate(networks):
             for layer, weight, bias in zip(_linears(network), layers[::2], layers[1::2]):
                 layer.weight.copy_(weight[index].t())
                 layer.bias.copy_(bias[index, 0])
 
-    def _layers(self, ends: Tensor, hidden: Tensor) -> list[Tensor]:
-        """Views in the order of the network."""
+    def _views(self, ends: Tensor, hidden: Tensor) -> list[Tensor]:
+        """Of flat tensors, in the order of the network: weight [S, in, out], bias [S, 1, out], and so on."""
         of_ends, of_hidden = (
             [view.view(shape) for view, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes)]
-            for flat, shapes in zip((ends, hidden), _parted(self.shapes))
+            for flat, shapes in zip((ends, hidden), _parted(self._shapes))
         )
         return [*of_ends[:2], *of_hidden, *of_ends[2:]]
-
-
-def forward(layers: Sequence[Tensor], x: Tensor) -> Tensor:
-    """A pass of all networks: float32 [S, B, in] -> float32 [S, B, out]."""
-    first, first_bias, *hidden, last, last_bias = layers
-    x = torch.baddbmm(first_bias, x, first)
-    x = F.relu_(x.to(hidden[0].dtype) if hidden else x)  # rounded first: fewer bytes to pass over
-    for weight, bias in zip(hidden[::2], hidden[1::2]):
-        x = F.relu_(torch.baddbmm(bias, x, weight))
-    return _Narrow.apply(x, last, last_bias)
-
-
-class _Narrow(torch.autograd.Function):
-    """x @ weight + bias in float32, for few columns: as products from the left, which BLAS does several times faster."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.baddbmm(bias.mT, weight.mT, x.float().mT).mT.contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        of_x = torch.bmm(grad, weight.mT).to(x.dtype)
-        if not ctx.needs_input_grad[1]:  # frozen
-            return of_x, None, None
-        return of_x, torch.bmm(grad.mT, x.float()).mT, grad.sum(1, keepdim=True)
 
 
 def _parted(layers: list) -> tuple[list, list]:

@@ -13,7 +13,7 @@ from sivae import models, objectives, randomness
 from sivae.data.toy2d import DENSITIES
 from sivae.engines import freeze
 from sivae.models import published
-from sivae.models.stack import forward
+from sivae.models.stack import MlpStack
 from sivae.objectives import Draws
 from sivae.stacked_step import StackedModels
 from sivae.toy2d import step_draws
@@ -136,13 +136,18 @@ def test_networks_without_hidden_layers_are_stepped_too(name):
 
 
 def test_coordinates_pass_bfloat16_networks_unrounded():
-    """A network that copies its input to its output keeps more of it than bfloat16 would."""
-    stack = StackedModels(networks(1), LR, torch.bfloat16)
-    fine = 1 + torch.arange(8.0) * 2**-12  # all the same number in bfloat16
-    x = torch.stack([fine, fine], 1)[None]
-    layers = stack.decoder.weights().layers
-    shallow = [*layers[:2], *layers[-2:]]  # no hidden layer
-    assert len(forward(shallow, x)[0, :, 0].unique()) == 8
+    """The first and the last layer are float32: a network that takes 1 off, passes the rest on and adds 1 again loses nothing."""
+    x = (1 + torch.arange(8.0) * 2**-12)[None, :, None].expand(1, 8, 2)
+    assert len(x.bfloat16().unique()) == 1  # to bfloat16 they are all the same number
+    _, decoder = models.build("mlp", **FIELDS)
+    layers = [layer for layer in decoder.layers if isinstance(layer, torch.nn.Linear)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.copy_(torch.eye(*layer.weight.shape))
+            layer.bias.zero_()
+        layers[0].bias[:2] -= 1
+        layers[-1].bias += 1
+    assert torch.equal(MlpStack([decoder], torch.bfloat16).forward(x).out, x)
 
 
 def test_saved_and_loaded_a_stack_goes_on_to_the_bit():
