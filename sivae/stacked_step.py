@@ -107,7 +107,7 @@ class StackedModels:
             remade = decoder.forward(generated.z.detach())
             again = _leaf(remade.out)
             # The encoder's input is detached, the target of the error is not: through a reconstruction gradient reaches the encoder.
-            error = _error(objective, torch.cat([images[:, :size].detach(), images[:, size:]], 1), again)
+            error = _error(objective, images, again)
             exp_elbo = (-2 * scale * (objective.beta_rec * error + objective.beta_neg * generated.kl)).exp()
             exp_elbo_fake, exp_elbo_rec = _halves(exp_elbo)
             loss = scale * (objective.beta_rec * rec + objective.beta_kl * kl_real)
