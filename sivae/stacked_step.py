@@ -31,9 +31,7 @@ class StackedModels:
         """networks: pairs (encoder, decoder), one for each model; they stay as they are."""
         if torch.device(device).type == "cpu":
             allocator.keep_freed_memory()
-        self.encoder, self.decoder = (
-            MlpStack([network.to(device) for network in column], dtype) for column in zip(*networks)
-        )
+        self.encoder, self.decoder = (MlpStack(column, dtype, device) for column in zip(*networks))
         self.stacks = {"encoder": self.encoder, "decoder": self.decoder}
         self.adams = {
             name: torch.optim.Adam([stack.parameter], lr=lr, fused=True) for name, stack in self.stacks.items()
@@ -52,7 +50,8 @@ class StackedModels:
         for name, stack in self.stacks.items():
             stack.parameter.copy_(tensors[f"{name}.weight"])
             self.adams[name].state[stack.parameter] = {
-                key: tensors[f"{name}.{key}"].to(stack.parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                key: tensors[f"{name}.{key}"].to(stack.parameter.device, copy=True)
+                for key in ("step", "exp_avg", "exp_avg_sq")
             }
             stack.updated()
 
@@ -78,8 +77,8 @@ class StackedModels:
     def _vae(self, objective: Vae, x: Tensor, draws: Draws) -> Terms:
         encoder, decoder = self.encoder, self.decoder
         real = _encode(encoder, x, draws.eps_real)
-        made = decoder.forward(real.z.detach())
-        image = _leaf(made.out)
+        image, made = decoder.forward(real.z.detach())
+        image.requires_grad_()
         rec, kl_real = _error(objective, x, image).mean(1), real.kl.mean(1)
         loss = objective.beta_rec * rec + objective.beta_kl * kl_real
         [by_image] = torch.autograd.grad(loss.sum(), [image], retain_graph=True)
@@ -97,15 +96,15 @@ class StackedModels:
         scale = objective.scale if soft else 1.0
 
         real = _encode(encoder, x, draws.eps_real)
-        made = decoder.forward(torch.cat([draws.z_prior, real.z.detach()], 1))
-        images = _leaf(made.out)
+        images, made = decoder.forward(torch.cat([draws.z_prior, real.z.detach()], 1))
+        images.requires_grad_()
         rec, kl_real = _error(objective, x, images[:, size:]).mean(1), real.kl.mean(1)
         generated = _encode(encoder, images.detach(), torch.cat([draws.eps_fake, draws.eps_rec], 1) if soft else None)
         kl_fake, kl_rec = _halves(generated.kl)
         terms = dict(rec=rec, kl_real=kl_real, kl_rec=kl_rec, kl_fake=kl_fake)
         if soft:
-            remade = decoder.forward(generated.z.detach())
-            again = _leaf(remade.out)
+            again, remade = decoder.forward(generated.z.detach())
+            again.requires_grad_()
             # The encoder's input is detached, the target of the error is not: through a reconstruction gradient reaches the encoder.
             error = _error(objective, images, again)
             exp_elbo = (-2 * scale * (objective.beta_rec * error + objective.beta_neg * generated.kl)).exp()
@@ -154,15 +153,11 @@ class _Encoded:
 
 
 def _encode(encoder: MlpStack, x: Tensor, eps: Tensor | None = None) -> _Encoded:
-    taken = encoder.forward(x)
-    code = _leaf(taken.out)
+    code, taken = encoder.forward(x)
+    code.requires_grad_()
     mu, logvar = code.chunk(2, dim=2)
     z = None if eps is None else objectives.reparameterize(mu, logvar, eps)
     return _Encoded(taken, code, z, _kl(mu, logvar))
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.requires_grad_()
 
 
 def _kl(mu: Tensor, logvar: Tensor) -> Tensor:

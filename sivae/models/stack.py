@@ -4,9 +4,8 @@ Source: the networks of `sivae.models.mlp`, which a stack is made of and written
 of the hidden layers alone. The first and the last are small and carry coordinates, which bfloat16 would round to 0.008
 around 1, half the width of a mode of the 8 Gaussians; they stay float32, like all weights.
 
-Passes are differentiated here and not by autograd, which for networks this small takes longer to keep its books than the
-products take: a forward pass keeps what it went through, and a backward pass makes the gradient by the input, or by the
-weights, or both.
+Passes are differentiated here and not by autograd: a forward pass keeps what it went through, and a backward pass makes the
+gradient by the input, or by the weights, or both. That saves autograd's books, which for networks this small show.
 """
 
 from __future__ import annotations
@@ -23,22 +22,24 @@ from sivae.models.mlp import MlpDecoder, MlpEncoder
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass: the input [S, B, in], what each ReLU gave [S, B, hidden], and the output [S, B, out]."""
+    """What a forward pass keeps: the input [S, B, in] and what each ReLU gave [S, B, hidden]."""
 
     x: Tensor
     activations: list[Tensor]
-    out: Tensor
 
     def last(self, count: int) -> Pass:
         """Of the last so many samples."""
-        return Pass(self.x[:, -count:], [kept[:, -count:] for kept in self.activations], self.out[:, -count:])
+        return Pass(self.x[:, -count:], [kept[:, -count:] for kept in self.activations])
 
 
 class MlpStack:
     """The weights of `networks`, all of one class and shape, as one float32 `parameter`: a cast and a step of Adam are then one
-    call each, not one for each layer. `backward` adds to its `grad`."""
+    call each, not one for each layer. `backward` adds to its `grad`, whose memory stays the same."""
 
-    def __init__(self, networks: Sequence[MlpEncoder] | Sequence[MlpDecoder], dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, networks: Sequence[MlpEncoder] | Sequence[MlpDecoder], dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
         assert all(not network.num_classes for network in networks), "a stack takes no labels"
         assert not any(getattr(network, "sigmoid", False) for network in networks), "a stack ends linearly"
         layers: list[Tensor] = []
@@ -47,31 +48,31 @@ class MlpStack:
             layers.append(torch.stack([layer.bias.detach() for layer in column])[:, None])
         self._shapes = [layer.shape for layer in layers]
         ends, hidden = _parted(layers)
-        self._num_ends = sum(layer.numel() for layer in ends)
-        flat = torch.cat([layer.flatten() for layer in (*ends, *hidden)])
+        self._sizes = [sum(layer.numel() for layer in part) for part in (ends, hidden)]
+        flat = torch.cat([layer.flatten() for layer in (*ends, *hidden)]).to(device)
         self.parameter = nn.Parameter(flat)
         self.parameter.grad = torch.zeros_like(flat)
         self.dtype = dtype if hidden else torch.float32
-        ends, hidden = self.parameter.detach().split([self._num_ends, flat.numel() - self._num_ends])
-        self._exact, self._rounded = hidden, hidden.to(self.dtype)  # one memory where both are float32
-        self._layers = self._views(ends, self._rounded)
-        self._gradients = self._views(*self.parameter.grad.split([ends.numel(), hidden.numel()]))
+        of_ends, self._hidden = self.parameter.detach().split(self._sizes)
+        self._hidden_rounded = self._hidden.to(self.dtype)  # the same memory where both are float32
+        self._layers = self._views(of_ends, self._hidden_rounded)
+        self._gradients = self._views(*self.parameter.grad.split(self._sizes))
 
     def updated(self) -> None:
         """To be called when `parameter` has changed: rounds it anew and clears its gradient."""
-        self._rounded.copy_(self._exact)
+        self._hidden_rounded.copy_(self._hidden)
         self.parameter.grad.zero_()
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Pass:
-        """A pass of all networks: float32 [S, B, in] -> float32 [S, B, out]."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Pass]:
+        """A pass of all networks: float32 [S, B, in] -> float32 [S, B, out], and what `backward` takes."""
         first, first_bias, *hidden, last, last_bias = self._layers
         activations = [F.relu_(torch.baddbmm(first_bias, x, first)).to(self.dtype)]
         for weight, bias in zip(hidden[::2], hidden[1::2]):
             activations.append(F.relu_(torch.baddbmm(bias, activations[-1], weight)))
         # Few columns: as a product from the left, which BLAS does several times faster.
         out = torch.baddbmm(last_bias.mT, last.mT, activations[-1].float().mT).mT.contiguous()
-        return Pass(x, activations, out)
+        return out, Pass(x, activations)
 
     @torch.no_grad()
     def backward(self, taken: Pass, grad: Tensor, *, weights: bool = False, inputs: bool = False) -> Tensor | None:
@@ -91,7 +92,8 @@ class MlpStack:
         yield grad
         for after, weight in zip(reversed(activations), self._layers[-2:0:-2]):
             grad = torch.bmm(grad, weight.mT).to(self.dtype)
-            # That of ReLU, in place. A bfloat16 is above 0 where its bits are as an integer, which is four times faster to tell.
+            # That of ReLU, in place. A bfloat16 is above 0 where its bits are as an integer, which is four times faster to tell; but
+            # a NaN may count as not above: its gradient is 0 then, and the losses show it.
             bits, above = (value.view(torch.int16) if value.itemsize == 2 else value for value in (grad, after))
             torch.ops.aten.threshold_backward.grad_input(bits, above, 0, grad_input=bits)
             yield grad
@@ -99,7 +101,7 @@ class MlpStack:
     @torch.no_grad()
     def write_to(self, networks: Sequence[nn.Module]) -> None:
         """The weights, back into networks of the kind that the stack was made of."""
-        layers = self._views(*self.parameter.split([self._num_ends, self.parameter.numel() - self._num_ends]))
+        layers = self._views(*self.parameter.split(self._sizes))
         for index, network in enumerate(networks):
             for layer, weight, bias in zip(_linears(network), layers[::2], layers[1::2]):
                 layer.weight.copy_(weight[index].t())

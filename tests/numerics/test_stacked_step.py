@@ -30,8 +30,8 @@ OBJECTIVES = {
 LR, STEPS, SIZE = 2e-3, 5, 64
 
 
-def networks(count):
-    return [models.build("mlp", seed=seed, **FIELDS) for seed in range(count)]
+def networks(count, num_layers=3):
+    return [models.build("mlp", seed=seed, **FIELDS | {"num_layers": num_layers}) for seed in range(count)]
 
 
 def draws_of(count, step, size=SIZE):
@@ -58,16 +58,17 @@ def one_at_a_time(objective, encoder, decoder, batches):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_stack_equals_one_at_a_time(name):
+@pytest.mark.parametrize("num_layers", [0, 3])
+def test_a_stack_equals_one_at_a_time(name, num_layers):
     objective, count = OBJECTIVES[name], 3
-    stack = StackedModels(networks(count), LR)
+    stack = StackedModels(networks(count, num_layers), LR)
     batches = [draws_of(count, step) for step in range(STEPS)]
     stacked = [stack.step(objective, *batch) for batch in batches]
-    after = networks(count)
+    after = networks(count, num_layers)
     stack.encoder.write_to([pair.encoder for pair in after])
     stack.decoder.write_to([pair.decoder for pair in after])
     hinges = set()
-    for index, (encoder, decoder) in enumerate(networks(count)):
+    for index, (encoder, decoder) in enumerate(networks(count, num_layers)):
         own = [
             (x[index], dataclasses.replace(draws, **{key: getattr(draws, key)[index] for key in Draws.names()}))
             for x, draws in batches
@@ -81,7 +82,7 @@ def test_a_stack_equals_one_at_a_time(name):
         for ours, theirs in zip((encoder, decoder), after[index]):
             for key, value in ours.state_dict().items():
                 torch.testing.assert_close(theirs.state_dict()[key], value, rtol=1e-5, atol=1e-5, msg=key)
-    if name == "intro_vae":
+    if name == "intro_vae" and num_layers == 3:
         assert hinges == {True, False}  # both sides of the hinge were compared
 
 
@@ -125,16 +126,6 @@ def test_bfloat16_is_close_and_weights_stay_float32():
     assert rounded.encoder.parameter.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_networks_without_hidden_layers_are_stepped_too(name):
-    pairs = [models.build("mlp", seed=seed, **FIELDS | {"num_layers": 0}) for seed in range(2)]
-    stack = StackedModels(pairs, LR, torch.bfloat16)
-    before = [part.parameter.detach().clone() for part in (stack.encoder, stack.decoder)]
-    terms = stack.step(OBJECTIVES[name], *draws_of(2, 0))
-    assert all(value.isfinite().all() for value in terms.values())
-    assert not any(torch.equal(*pair) for pair in zip(before, (stack.encoder.parameter, stack.decoder.parameter)))
-
-
 def test_coordinates_pass_bfloat16_networks_unrounded():
     """The first and the last layer are float32: a network that takes 1 off, passes the rest on and adds 1 again loses nothing."""
     x = (1 + torch.arange(8.0) * 2**-12)[None, :, None].expand(1, 8, 2)
@@ -147,12 +138,14 @@ def test_coordinates_pass_bfloat16_networks_unrounded():
             layer.bias.zero_()
         layers[0].bias[:2] -= 1
         layers[-1].bias += 1
-    assert torch.equal(MlpStack([decoder], torch.bfloat16).forward(x).out, x)
+    out, _ = MlpStack([decoder], torch.bfloat16).forward(x)
+    assert torch.equal(out, x)
 
 
-def test_saved_and_loaded_a_stack_goes_on_to_the_bit():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded_a_stack_goes_on_to_the_bit(dtype):
     batches = [draws_of(2, step) for step in range(4)]
-    whole, first, second = (StackedModels(networks(2), LR) for _ in range(3))
+    whole, first, second = (StackedModels(networks(2), LR, dtype) for _ in range(3))
     for batch in batches:
         whole.step(OBJECTIVES["soft_intro_vae"], *batch)
     for batch in batches[:2]:
@@ -160,8 +153,10 @@ def test_saved_and_loaded_a_stack_goes_on_to_the_bit():
     saved = first.tensors()
     assert second.fits(saved) and not StackedModels(networks(3), LR).fits(saved)
     second.load(saved)
+    before = {key: value.clone() for key, value in saved.items()}
     for batch in batches[2:]:
         second.step(OBJECTIVES["soft_intro_vae"], *batch)
+    assert all(torch.equal(value, saved[key]) for key, value in before.items())  # what was loaded is not stepped on
     assert all(torch.equal(value, second.tensors()[key]) for key, value in whole.tensors().items())
 
 
