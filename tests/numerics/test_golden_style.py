@@ -23,7 +23,9 @@ FILES = sorted(FOLDER.glob("style_*.npz"))
 STEPS = FOLDER / "style_soft_intro_vae.npz"
 # Encodings and images are of size one, and float32.
 IMAGE_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-5  # of a tensor's largest gradient: float32 sums over images and pixels in another order
+# Of a tensor's largest gradient: float32 sums over images and pixels in another order. Where an instance norm takes most of a
+# bias away, the sum cancels to a millionth of the network's largest gradient, and its rounding is that of what was summed.
+GRADIENT_TOLERANCE, CANCELLED = 1e-5, 1e-5
 # The decoder starts from a constant that is the same at each pixel, and divides it by its standard deviation: what comes out
 # of the first step is rounding, 10,000-fold, and of the next ones still 700-fold. A shift of the first bias by 1e-7, which
 # changes nothing but rounding, moves weights by 3e-3 in the three steps; so the file's own decoder weights are good to this,
@@ -84,6 +86,7 @@ class Golden:
             state = {key.removeprefix(start): self.tensor(key) for key in self.data.files if key.startswith(start)}
             expected |= published_style.rename({entry: state})
         assert len(expected) > 20
+        least = CANCELLED * max(gradient.abs().max() for gradient in expected.values())
         for name, gradient in gradients.items():
             if name not in expected:  # noise weights, and levels beside those in use
                 assert not gradient.any(), name
@@ -92,7 +95,7 @@ class Golden:
             if f"{network}.{name}" == UNSEEN:
                 assert gradient.abs().max() < 1e-7
                 continue
-            assert error <= GRADIENT_TOLERANCE * gradient.abs().max(), f"gradient of {network}.{name}"
+            assert error <= GRADIENT_TOLERANCE * gradient.abs().max().clamp(min=least), f"gradient of {network}.{name}"
         assert not expected
 
     def check_weights(self, networks):

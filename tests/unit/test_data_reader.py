@@ -613,7 +613,7 @@ def networks(web, s3, s3_set):
     web_proxy, s3_proxy = Proxy(web.address), Proxy(address(s3))
     yield {
         "http": (web_proxy, f"{web_proxy.url}/set", {"timeout_sec": 0.5}),
-        "s3": (s3_proxy, s3_set, {"storage_options": s3_options(("127.0.0.1", s3_proxy.port)), "timeout_sec": 0.8}),
+        "s3": (s3_proxy, s3_set, {"storage_options": s3_options(("127.0.0.1", s3_proxy.port)), "timeout_sec": 2.0}),
     }
     web_proxy.close()
     s3_proxy.close()
