@@ -4,11 +4,12 @@ the real one: tests/numerics/test_published_step.py holds the yardstick to recor
 pytest tests/unit/test_benchmarks.py
 """
 
+import argparse
 import math
 
 import pytest
 
-from benchmarks import contenders, loss_compare, scaling, step
+from benchmarks import contenders, loss_compare, scaling, step, toy2d
 from sivae import config, distributed
 
 SMALL = ["model.channels=[8,16]", "model.latent_dim=4", "engine.precision=float32"]
@@ -93,3 +94,40 @@ def test_seconds_of_a_ring():
     assert scaling.paper_seconds(10**9, 512) == pytest.approx(2 * 511 / 512 / 40 + messages)
     assert scaling.paper_seconds(10**9, 8) < scaling.paper_seconds(10**9, 16) / 8
     assert scaling.paper_seconds(10**9, 1) == 0
+
+
+def cell(seed, images_seen, kl):
+    return {
+        "seed": seed,
+        "images_seen": images_seen,
+        "finite": True,
+        "kl": kl,
+        "jsd": kl,
+        "gnelbo": 0.0,
+    } | dict.fromkeys(["histogram_kl", "histogram_jsd"], 0.0)
+
+
+def test_a_cell_of_the_2d_table_takes_seeds_of_both_precisions_and_keeps_the_longer_run(tmp_path):
+    whole = toy2d.STEPS * toy2d.BATCH_SIZE
+    for precision, figures in (
+        ("bfloat16", [cell(0, whole, 4.0)]),
+        ("float32", [cell(0, whole // 2, 9.0), cell(1, whole, 6.0)]),
+    ):
+        options = argparse.Namespace(output=tmp_path, precision=precision)
+        toy2d.store(options, "rings", "soft_intro_vae", figures)
+    found = toy2d.read(tmp_path, "rings", "soft_intro_vae")
+    assert {seed: (entry["kl"], entry["precision"]) for seed, entry in found.items()} == {
+        0: (4.0, "bfloat16"),
+        1: (6.0, "float32"),
+    }
+    line = toy2d.row("Soft-IntroVAE", found)
+    assert line.startswith("| Soft-IntroVAE (1 of 2 in float32) |") and "5.00 ± 1.41" in line
+
+
+def test_the_2d_table_says_where_soft_intro_vae_falls_short_and_what_real_points_get(tmp_path):
+    for method, kl in (("soft_intro_vae", 5.0), ("vae", 20.0), ("vae_sharp", 8.0), ("intro_vae", 4.0)):
+        toy2d.store(argparse.Namespace(output=tmp_path, precision="float32"), "rings", method, [cell(0, 1, kl)])
+    said = toy2d.verdict(tmp_path, "rings", {"kl": 2.0, "jsd": 2.0})
+    assert "KL 0.25 times that of VAE;" in said
+    assert "KL 0.62 times that of VAE, beta_rec 1, beta_kl 0.05 (**falls short**; real points: 0.25)" in said
+    assert "KL 1.2 times that of IntroVAE (**falls short**; real points: 0.5)" in said
