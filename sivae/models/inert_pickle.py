@@ -27,7 +27,10 @@ class Inert:
     __init__ = __setstate__ = __setitem__ = append = extend = add = _nothing
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Written in Python, like that of `weights_only`: the C one makes a table as long as the largest number that the file gives one
+    of its objects, so a single damaged byte would have it take gigabytes."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict

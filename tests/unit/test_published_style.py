@@ -6,6 +6,7 @@ recorded, also through `sivae import`, and that other, truncated and hostile fil
 
 import pickle
 import random
+import resource
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
@@ -175,6 +176,17 @@ def test_a_damaged_file_is_refused_or_read_but_never_a_traceback(tmp_path, old):
             published.read(str(path))
         except UserError:
             pass
+
+
+def test_a_number_that_a_file_gives_an_object_takes_no_memory(tmp_path):
+    """By default the first is 0; the C reader of pickles makes a table of 16 bytes for each number up to the largest."""
+    path = Path(write(tmp_path / "model.pth", checkpoint(entries()), True))
+    data = path.read_bytes()
+    at = data.index(b"q\x00", 100)  # BINPUT 0, in the pickle that follows the two of version and machine
+    path.write_bytes(data[:at] + b"r" + (2**28).to_bytes(4, "little") + data[at + 2 :])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert published.read(str(path)).kind == "style"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "a gigabyte"
 
 
 @pytest.mark.parametrize("old", [False, True])
