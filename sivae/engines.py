@@ -256,7 +256,7 @@ class Engine:
         before = [parameter.requires_grad for parameter in self.network.parameters()]
         self.network.requires_grad_(True)
         if self.zero_stage == 3:
-            self.engine.empty_partition_cache()
+            self.engine.optimizer.empty_partition_cache()  # the engine's own also collects garbage: seconds in a large process
         yield deepspeed.utils
         for parameter, requires_grad in zip(self.network.parameters(), before):
             parameter.requires_grad_(requires_grad)
