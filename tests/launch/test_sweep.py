@@ -109,7 +109,10 @@ def test_pbt_goes_on_from_the_better_trials_state(start, spec_file, head, tmp_pa
     heir, step = heirs[0], heirs[0].lineage[0]
     donor = next(trial for trial in trials(tmp_path) if trial.name == step["trial"] != heir.name)
     at_exchange = {trial.name: trial.history[1]["metrics"]["frechet_pixels"] for trial in (heir, donor)}
-    assert at_exchange[donor.name] < at_exchange[heir.name] and step["checkpoint"] == "000000000320"
+    assert at_exchange[donor.name] < at_exchange[heir.name]
+    assert step["checkpoint"] in ("000000000320", "000000000320.1"), (
+        "the second where the SIGKILL came while it was being saved"
+    )
     own, other = (tmp_path / "sweep" / "trials" / trial.name / "checkpoints" for trial in (heir, donor))
     for file in ("weights", "optimizer", "average"):
         here, there = (hashlib.sha256((folder / name / f"{file}.safetensors").read_bytes()).hexdigest()
