@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,7 @@ class Trainer:
         self.picture: str | None = None
         self.gap, self.substitutes = GapWatch(), Substitutes(group)
         self.stop_asked = False
+        self.batches: Generator[Batch, None, None] | None = None
         self.profile = StepProfile(profile_steps, group) if profile_steps else None
         # On a CPU the host may look after every step: there it waits for nothing. An offloaded optimizer waits anyway.
         self.always_looks = group.device.type == "cpu" or settings.engine.offload_optimizer
@@ -108,7 +109,10 @@ class Trainer:
     def run(self) -> Result:
         try:
             with StopSignals() as stop:
-                interrupted = self._loop(stop)
+                try:
+                    interrupted = self._loop(stop)
+                finally:
+                    self._stop_reading()
                 self._settle()
             table = None
             if self.profile is not None:
@@ -139,11 +143,12 @@ class Trainer:
         """Train to the end, or until somebody asks to stop; True when interrupted."""
         total, tracking, run = self.settings.schedule.total_images, self.settings.tracking, self.settings.run
         self._greet()
-        batches = self._grow() or self.levels.stream.batches(self.images_seen)
+        if not self._grow():
+            self._read_from_here()
         self.interval = Interval(self.images_seen)
         while self.images_seen < total:
-            batches = self._grow() or batches
-            batch = self._next(batches, stop)
+            self._grow()
+            batch = self._next(stop)
             if batch is not None:
                 self._step(batch)
             last = batch is None or self.images_seen >= total
@@ -160,7 +165,7 @@ class Trainer:
                 saves = evaluates = False  # the run stays where it stands
             if (logs or draws or saves or evaluates or self.always_looks) and (bad := self.state.gate.read()):
                 self._handle(bad)
-                batches = self.levels.stream.batches(self.images_seen)
+                self._read_from_here()
                 continue
             if logs and self.interval.steps:
                 self._log()
@@ -210,17 +215,30 @@ class Trainer:
 
     # A step
 
-    def _grow(self) -> Iterator[Batch] | None:
-        """The schedule's level and blend for the next step; the batches of a new level."""
+    def _read_from_here(self) -> None:
+        """Batches from the images seen on; what read those before ends."""
+        self._stop_reading()
+        self.batches = self.levels.stream.batches(self.images_seen)
+
+    def _stop_reading(self) -> None:
+        """Not left to when the last reference goes: anything that keeps a frame keeps the processes that read, and they the end of
+        this one."""
+        if self.batches is not None:
+            self.batches.close()
+            self.batches = None
+
+    def _grow(self) -> bool:
+        """The schedule's level and blend for the next step; whether a new level, and reading for it, has begun."""
         if not self.levels.follow(self.images_seen, self.state):
-            return None
+            return False
         self._settle()  # a process that reads is forked from this one, which should have no other thread at work
         self.tracker.note(
             f"{self.levels.resolution} pixels from {self.images_seen:,} images on, {self.levels.batch_size} a step"
         )
-        return self.levels.stream.batches(self.images_seen)
+        self._read_from_here()
+        return True
 
-    def _next(self, batches: Iterator[Batch], stop: StopSignals) -> Batch | None:
+    def _next(self, stop: StopSignals) -> Batch | None:
         """The next batch; None when any rank is asked to stop. What failed on one rank, reading its data or, on rank 0, writing in
         the background, is an error on all, before the step."""
         start = time.monotonic()
@@ -228,7 +246,7 @@ class Trainer:
         if not stopping:
             try:
                 with span("data"):
-                    batch = next(batches)
+                    batch = next(self.batches)
             except UserError as error:
                 failure = error
         with span("waiting for ranks"):

@@ -14,7 +14,7 @@ import queue
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal
@@ -146,8 +146,8 @@ class ImageStream:
         """Images in the set."""
         return self.index.count
 
-    def batches(self, images_seen: int = 0) -> Iterator[Batch]:
-        """This rank's part of every global batch from position `images_seen` on, without end.
+    def batches(self, images_seen: int = 0) -> Generator[Batch, None, None]:
+        """This rank's part of every global batch from position `images_seen` on, without end; `close` it to end what reads.
 
         Exact at any position, whatever ranks and workers read before. Raises UserError when a sample
         cannot be read or a worker dies.

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -96,6 +97,15 @@ def test_substitutes_are_counted_over_ranks(damaged, tmp_path):
     two = done(run_sivae(arguments(path, run, "data.on_corrupt=substitute", "data.num_workers=1"), ranks=2))
     assert [line["data/substituted"] for line in metrics(run)] == [3, 6, 9, 12]
     assert two.stderr.count("another sample stands in") == 12
+
+
+def test_what_reads_ends_with_the_training_even_if_a_frame_is_kept(damaged, tmp_path):
+    """A report of substitutes leaves the loop's frame alive. Who reads would then live on, and hold up the end by half a minute."""
+    path, _ = damaged
+    settings = arguments(path, tmp_path / "run", "data.on_corrupt=substitute", "data.num_workers=1")
+    code = "import multiprocessing, sivae.cli; sivae.cli.main(); print('left:', multiprocessing.active_children())"
+    process = subprocess.run([sys.executable, "-c", code, *settings], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_SEC)  # fmt: skip
+    assert "left: []" in done(process).stdout, process.stdout
 
 
 def test_a_damaged_sample_stops_a_run_with_one_sentence(damaged, tmp_path):
