@@ -80,7 +80,7 @@ def check(
     for name, found in _find(folder):
         index = Index.load(found)
         _beside(found, index, name, findings)
-        levels.append(Level(name, index.shard_folder(found), index.split(split)))
+        levels.append(Level(name, index.shard_folder(found), index.split(split, shown(found.url))))
     first = levels[0].index
     if levels[0].label:  # a pyramid has every power of two down to 4
         there, resolution = {level.index.resolution for level in levels}, first.resolution

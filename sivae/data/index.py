@@ -81,13 +81,13 @@ class Index:
         """A sample as errors name it."""
         return f"sample {self.key[sample]} of {self.shards[self.shard[sample]].name}"
 
-    def split(self, name: str) -> "Index":
-        """The set that one split is by itself, or for `all` this one. Raises UserError when there is no such split."""
+    def split(self, name: str, where: str = "this set") -> "Index":
+        """The set that one split is by itself, or for `all` this one. Raises UserError when there is no such split at `where`."""
         if name == "all":
             return self
         if name not in self.splits:
             have = ", ".join(f"{split} ({count:,} images)" for split, count in self.splits.items())
-            raise UserError(f"data.split: there is no split {name!r} in this set, it has {have}; or take `all`")
+            raise UserError(f"{where}: there is no split {name!r}, it has {have}; or take `all`")
         if len(self.splits) == 1:
             return self
         names = list(self.splits)

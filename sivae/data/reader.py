@@ -92,7 +92,7 @@ class ImageStream:
         self.folder = Folder(url, storage_options, timeout_sec=timeout_sec, retries=retries)
         self.where = where = shown(self.folder.url)  # as errors name it
         whole = Index.load(self.folder)
-        self.index = index = whole.split(split)
+        self.index = index = whole.split(split, where)
         if batch_size < 1 or world_size < 1 or batch_size < world_size:
             raise UserError(
                 f"a global batch_size of {batch_size} is too small for {world_size} ranks; each needs an image of every batch"

@@ -415,7 +415,7 @@ FIND = ["attribute", "model", "--images", "few.npy"]
     "arguments, sentence",
     [
         (["encode", "model", "set", "x", "--batch-size", "0"], "--batch-size: 0 is not a number of images"),
-        (["encode", "model", "set", "x", "--split", "dev"], "data.split: there is no split 'dev'"),
+        (["encode", "model", "set", "x", "--split", "dev"], "set: there is no split 'dev'"),
         (["encode", "larger", "set", "x"], "SET is packed at resolution 4 and the model takes 8"),
         (["encode", "conditional", "unlabelled", "x"], "UNLABELLED: has no labels, and this model is conditional"),
         (["neighbours", "model", "few.npy", "--data", "set", "--count", "61"], "--count: 61 is not in 1 .. 60, the images of"),

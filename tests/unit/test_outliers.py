@@ -177,7 +177,7 @@ def test_a_threshold_of_other_weights_is_not_used(sets, tmp_path, capsys):
 @pytest.mark.parametrize(
     "more, sentence",
     [
-        (["--outlier-split", "test"], "there is no split 'test'"),
+        (["--outlier-split", "test"], "out/set: there is no split 'test'"),
         (["--samples", "0"], "--samples: 0"),
         (["--count", "200"], "200 images are asked for"),
         (["--count", "0"], "--count: 0"),
