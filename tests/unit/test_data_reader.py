@@ -263,7 +263,7 @@ def test_neighbours_are_read_together(index):
         ({"batch_size": 7, "split": "validation"}, "7 .*6 images"),
         (
             {"batch_size": 6, "split": "test"},
-            r"data.split: .*'test'.* validation \(6 images\), train \(26 images\).*`all`",
+            r": there is no split 'test'.* validation \(6 images\), train \(26 images\).*`all`",
         ),
         (
             {"batch_size": 6, "resolution": 8},
