@@ -35,6 +35,7 @@ from sivae.data.shards import plan
 from sivae.errors import UserError, shown
 from sivae.storage import Folder
 from tests import proxy as faults
+from tests.processes import SLACK_SEC
 from tests.proxy import FAILURES, WRONG, FileServer, Proxy, address, object_store, s3_options
 
 COUNT, BATCH, SEED = (
@@ -655,7 +656,7 @@ def test_faults_that_stay_are_one_sentence_in_time(networks, transport, fault, o
     with pytest.raises(UserError) as raised:
         stream.at(0)
     elapsed, sentence = time.monotonic() - start, str(raised.value)
-    assert elapsed < stream.shards.patience_sec + 1
+    assert elapsed < stream.shards.patience_sec + SLACK_SEC
     assert any(stream.index.name(sample) in sentence for sample in range(COUNT)) and "\n" not in sentence
     assert ("tried 2 times" in sentence) != ((transport, fault) == ("s3", faults.FORBIDDEN_403))
     # Only what is in the shard itself makes it another sample's turn.

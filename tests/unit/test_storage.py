@@ -22,7 +22,7 @@ import pytest
 from sivae.errors import UserError
 from sivae.storage import Folder
 from tests import proxy as faults
-from tests.processes import ROOT, environment
+from tests.processes import ROOT, SLACK_SEC, environment
 from tests.proxy import FAILURES, WRONG, FileServer, Proxy, address, free_port, object_store, s3_options, wait_for_port
 
 SECRET = "wJalrXUtnFEMIK7MDENG"
@@ -216,18 +216,18 @@ def test_a_failure_that_stays_is_told_in_time(between, fault):
     between.disturb(fault)
     start = time.monotonic()
     _, problems = folder.read_ranges([("a.tar", 1000, 1400)], lambda i, data: None if len(data) == 400 else "wrong")
-    assert len(problems) == 1 and time.monotonic() - start < folder.patience_sec + 0.5
+    assert len(problems) == 1 and time.monotonic() - start < folder.patience_sec + SLACK_SEC
     if fault not in (faults.WHOLE_FILE, faults.SHORT, faults.SHORT_WITHOUT_LENGTH):  # nothing says that these are wrong
         start = time.monotonic()
         with pytest.raises(UserError, match=r"a.tar: cannot read \(.*tried 2 times") as raised:
             folder.read("a.tar")
         assert ("no answer in time" in str(raised.value)) == (fault in (faults.STALL, faults.STALL_BEFORE))
-        assert time.monotonic() - start < folder.patience_sec + 0.5
+        assert time.monotonic() - start < folder.patience_sec + SLACK_SEC
 
 
 def test_one_that_is_slow_does_not_lose_the_others(between):
     between.disturb(faults.STALL, times=1)
-    folder = Folder(between.url, timeout_sec=1.5, retries=1, backoff_sec=0.01)
+    folder = Folder(between.url, timeout_sec=SLACK_SEC, retries=1, backoff_sec=0.01)
     ranges = [("a.tar", i, i + 1) for i in range(20)]
     found, problems = folder.read_ranges(ranges, lambda i, data: None if len(data) == 1 else "wrong")
     assert not problems, (problems, [request.span for request in between.reads()])
@@ -250,11 +250,11 @@ def test_what_is_given_up_holds_no_connection(s3, fault):
 
 
 def test_what_another_try_cannot_help_is_not_tried_again(between):
-    folder = Folder(between.url, timeout_sec=2, retries=4, backoff_sec=1)
+    folder = Folder(between.url, timeout_sec=SLACK_SEC, retries=4, backoff_sec=SLACK_SEC)
     start = time.monotonic()
     with pytest.raises(UserError, match="there is no such file"):
         folder.read("none.tar")
-    assert len(between.reads()) == 1 and time.monotonic() - start < 1
+    assert len(between.reads()) == 1 and time.monotonic() - start < SLACK_SEC
 
 
 @pytest.mark.parametrize("fault", [faults.ERROR_500, faults.CUT_BEFORE])
