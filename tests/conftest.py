@@ -11,7 +11,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    # Beside each other under `-n 2 --dist loadgroup`: the tests of a file share what they set up, those of launch/ the machine's
+    # one Ray and one Slurm. These are the longest and come first.
+    items.sort(key=lambda item: item.path.parent.name != "launch")
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            group = "launch" if item.path.parent.name == "launch" else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(group))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
