@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     # Beside each other under `-n 2 --dist loadgroup`: the tests of a file share what they set up, those of launch/ the machine's
     # one Ray and one Slurm. These are the longest and come first.
