@@ -12,7 +12,7 @@ demo: .venv/ready
 	$(BIN)/sivae train configs/digits.yaml
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --no-loadscope-reorder
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -11,15 +11,21 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    # Beside each other under `-n 2 --dist loadgroup`: the tests of a file share what they set up, those of launch/ the machine's
-    # one Ray and one Slurm. These are the longest and come first.
-    items.sort(key=lambda item: item.path.parent.name != "launch")
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = "launch" if item.path.parent.name == "launch" else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Under `-n 2` the tests of a file stay together, for they share what they set up, and so do all of launch/, which share the
+    machine's one Ray and one Slurm."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "launch" if nodeid.startswith("tests/launch/") else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name != "launch")  # these take longest, so they come first
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
