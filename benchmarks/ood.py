@@ -178,23 +178,27 @@ def write(options: argparse.Namespace, data: str, runs: Path) -> None:
         "",
         f"`python benchmarks/ood.py --seeds {' '.join(map(str, options.seeds))}`. A VAE and Soft-IntroVAE by configs/digits.yaml, {TOTAL_IMAGES:,} images; {len(digits)} digits"
         f" held out, as many outliers of each kind; {NUM_SAMPLES} latent draws. AUROC, mean over the seeds; in brackets"
-        " the 95% bootstrap interval of the first seed.",
+        " the 95% bootstrap interval of each seed. Below 0.5 a score takes outliers for inliers.",
         "",
         "| outliers | score | VAE | Soft-IntroVAE | Soft-IntroVAE at least the VAE |",
         "|---|---|---|---|---|",
     ]
-    behind = []
+    behind, useless = [], []
     for kind in kinds:
         for score in outliers.SCORES:
             pair = [auroc[kind, score, name] for name in MODELS]
             means = [float(np.mean([value for value, _, _ in each])) for each in pair]
-            cells = (f"{mean:.3f} ({each[0][1]:.3f} to {each[0][2]:.3f})" for mean, each in zip(means, pair))
+            intervals = (", ".join(f"{low:.3f} to {high:.3f}" for _, low, high in each) for each in pair)
+            cells = (f"{mean:.3f} ({interval})" for mean, interval in zip(means, intervals))
             verdict = "yes" if means[1] >= means[0] else "no"
             behind += [f"{kind} by {score}"] if verdict == "no" else []
+            useless += [f"{kind} by {score}"] if max(means) < 0.5 else []
             lines.append(f"| {kind} | {score} | {' | '.join(cells)} | {verdict} |")
     count = len(kinds) * len(outliers.SCORES)
     finding = f"Soft-IntroVAE's AUROC is at least the VAE's in {count - len(behind)} of {count} rows"
     lines += ["", f"{finding}; not in: {', '.join(behind)}." if behind else f"{finding}."]
+    if useless:
+        lines[-1] += f" Neither tells anything, with both below 0.5, in: {', '.join(useless)}."
     print("\n".join(lines))
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -34,11 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("model", help="run directory, checkpoint, or exported model; path or URL")
         command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
         command.add_argument(
-            "--weights",
-            default="average",
-            choices=["average", "plain"],
-            help="running average (as in training's pictures) or plain weights",
-        )
+            "--weights", choices=["average", "plain"],
+            help="of a run: the running average (default, as in training's pictures) or the plain weights",
+        )  # fmt: skip
 
     train = add("train", "Train, or go on where the run directory's newest checkpoint stands.")
     train.add_argument("config", help="YAML file; path or URL")
@@ -328,7 +326,9 @@ def build_parser() -> argparse.ArgumentParser:
     export = add("export", "Write a run's model as safetensors, settings and a model card.")
     export.add_argument("model", help="run directory or checkpoint")
     export.add_argument("dest", help="folder or URL to write")
-    export.add_argument("--weights", default="average", choices=["average", "plain"])
+    export.add_argument(
+        "--weights", choices=["average", "plain"], help="of a run: the running average (default) or plain"
+    )
 
     plan = add(
         "plan", "Say what a run needs before it starts: memory by ZeRO stage, FLOPs, storage, GPU hours, checkpoint."

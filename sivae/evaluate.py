@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from sivae.data import Batch, ImageStream
 from sivae.distributed import Group
 from sivae.errors import UserError
 from sivae.images import to_float
-from sivae.inference import Model
+from sivae.inference import Model, check_truncation, weights_digest
 from sivae.metrics import catalogue, features, kid, precision_recall, reconstruction
 from sivae.metrics.catalogue import Figure
 from sivae.metrics.frechet import MomentSums, frechet_distance
@@ -96,6 +97,7 @@ class Evaluation:
         for name in ("num_fakes", "batch_size"):
             if getattr(protocol, name) < 1:
                 raise UserError(f"{name}: {getattr(protocol, name)} is not a number of images")
+        check_truncation(protocol.truncation, protocol.truncation_layers)
         num_reals = len(stream) if protocol.num_reals is None else protocol.num_reals
         if not 1 <= num_reals <= len(stream):
             raise UserError(f"num_reals: {num_reals:,} real images are asked for; {stream.where} has {len(stream):,}")
@@ -170,7 +172,9 @@ class Evaluation:
         with _mode(model, protocol.mode), progress_bar(total, "judging", " images", enabled=shows) as self.bar:
             if missing:
                 self._collect_real(missing)
-            fake = self._collect(list(self.detectors), protocol.num_fakes, self._samples(model)) if of_features else {}
+            fake = {}
+            if of_features:
+                fake = self._collect(list(self.detectors), protocol.num_fakes, self._samples(model), "samples")
             figures = self._judge_reconstructions(model) if of_reconstructions else {}
         figures |= self.group.on_main(lambda: self._judge_features(fake))
         deviations = [f"{figure.name}_deviation" for figure in self.figures if figure.kind == "kernel"]
@@ -201,7 +205,8 @@ class Evaluation:
                     self.real[name] = _Features.of(found, self.group.device) if found else _Features(0)
 
     def _collect_real(self, names: list[str]) -> None:
-        self.real |= self._collect(names, self.protocol.num_reals, (batch.images for batch in self._real_batches()))
+        images = (batch.images for batch in self._real_batches())
+        self.real |= self._collect(names, self.protocol.num_reals, images, "real images")
         if self.statistics is not None:
             self.group.on_main(lambda: self._keep_real(names))
 
@@ -250,21 +255,28 @@ class Evaluation:
             yield model.to_uint8(made, truncate=protocol.rounding == "down")
         self._refuse_nonfinite(bad, "samples")
 
-    def _collect(self, names: list[str], count: int, batches: Iterator[Tensor]) -> dict[str, _Features]:
-        """Features of all ranks' images; `batches` are this rank's, in the order of `_units`."""
+    def _collect(self, names: list[str], count: int, batches: Iterator[Tensor], what: str) -> dict[str, _Features]:
+        """Features of all ranks' images; `batches` are this rank's, in the order of `_units`. All finite, or a UserError."""
         device, units = self.group.device, iter(self._units(count))
         found = {}
         for name in names:
             wants_all = any(figure.needs_features for figure in self.figures if figure.detector == name)
             found[name] = _Features(self.detectors[name].dim, device, count if wants_all else 0)
-        for images in batches:
+        failure = None
+        for images in batches:  # to their end whatever happens: it is there that the ranks agree
             images, numbers = images.to(device, non_blocking=True), next(units)
-            for name in names:
-                found[name].add(self.detectors[name](images), numbers)
+            try:
+                for name in names if failure is None else ():
+                    found[name].add(self.detectors[name](images), numbers)
+            except UserError as error:
+                failure = error
             self._advance(len(images))
-        for collected in found.values():
+        self.group.agree(False, failure)
+        for name, collected in found.items():
             for tensor in collected.tensors().values():
                 self.group.sum(tensor)
+            if not bool(collected.sums.total.isfinite().all()):
+                raise UserError(f"detector {name}: its features of the {what} are not finite", shared=True)
         return found
 
     def _judge_features(self, fake: dict[str, _Features]) -> dict[str, float]:
@@ -273,9 +285,6 @@ class Evaluation:
         for name in self.detectors:
             kinds = {figure.kind: figure.name for figure in self.figures if figure.detector == name}
             real, made = self.real[name], fake[name]
-            for what, collected in (("real images", real), ("samples", made)):
-                if not bool(collected.sums.total.isfinite().all()):
-                    raise UserError(f"detector {name}: its features of the {what} are not finite")
             values: dict[str, float] = {}
             if "frechet" in kinds:
                 values["frechet"] = frechet_distance(made.sums.moments(), real.sums.moments())
@@ -307,7 +316,11 @@ class Evaluation:
             sums += torch.stack([self._reconstruction(kind, *pair).double().sum() for kind in kinds])
             self._advance(len(images))
         self._refuse_nonfinite(bad, "reconstructions")
-        return dict(zip(kinds, (self.group.sum(sums) / count).tolist()))
+        means = dict(zip(kinds, (self.group.sum(sums) / count).tolist()))
+        for kind, mean in means.items():
+            if math.isnan(mean):
+                raise UserError(f"{kind}: is not a number for some of the real images; nothing is judged", shared=True)
+        return means
 
     def _reconstruction(self, kind: str, real: Tensor, again: Tensor) -> Tensor:
         if kind != "lpips":
@@ -325,7 +338,7 @@ class Evaluation:
         network = features.load_script(path, "lpips", self.group.device)
         blank = torch.zeros(2, 3, self.stream.resolution, self.stream.resolution, device=self.group.device)
         try:
-            fits = network(blank, blank).numel() == 2
+            fits = all(network(blank[:n], blank[:n]).numel() == n for n in (2, 1))
         except Exception:  # noqa: BLE001 (a file of others can raise anything)
             fits = False
         if not fits:
@@ -410,21 +423,19 @@ def _count_nonfinite(images: Tensor) -> Tensor:
     return (~images.isfinite()).flatten(1).any(dim=1).sum()
 
 
-def write(
-    run: Folder, evaluation: Evaluation, figures: dict[str, float], *, weights: str, info: dict[str, Any], data_url: str
-) -> str:
+def write(run: Folder, evaluation: Evaluation, figures: dict[str, float], model: Model, data_url: str) -> str:
     """Keep figures with their protocol under evaluations/ of a run or model. Returns the file's path or URL.
 
     The same checkpoint judged again by the same protocol takes the same name.
     """
-    protocol = evaluation.describe() | {"weights": weights}
-    images_seen = info.get("images_seen")
+    protocol = evaluation.describe() | {"weights": model.weights or "unknown"}
+    images_seen = model.info.get("images_seen")
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{images_seen:012d}-{key}.json" if images_seen is not None else f"{key}.json"
     protocol["reals"]["url"] = data_url
     content = {
         "figures": {name: value if abs(value) < float("inf") else str(value) for name, value in figures.items()},
-        "protocol": protocol, "images_seen": images_seen, "sivae": __version__, "torch": torch.__version__,
+        "protocol": protocol, "images_seen": images_seen, "weights_sha256": weights_digest(model), "sivae": __version__, "torch": torch.__version__,
         "device": str(evaluation.group.device), "ranks": evaluation.group.world_size, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
     run.write(json.dumps(content, indent=1).encode(), FOLDER, name)

@@ -56,7 +56,9 @@ class Evaluator:
 
     def run(self, average: dict[str, Tensor], images_seen: int) -> str | None:
         """Judge the averaged weights, which every rank holds; `figures` has the result. Returns what a person should hear."""
-        model = inference.Model(self.settings.model.model_dump(), self.group.device)
+        weights = "average" if self.settings.ema.halflife_images else "plain"
+        info = {"images_seen": images_seen}
+        model = inference.Model(self.settings.model.model_dump(), self.group.device, info, weights)
         inference.fill(model, average, "the running average")
         self.figures, self.judged = {}, None
         try:
@@ -67,12 +69,7 @@ class Evaluator:
         value = found[self.decides.name]
         if math.isfinite(value):
             self.judged = images_seen, value
-        info = {"images_seen": images_seen}
-        self.background.submit(
-            lambda: write(
-                self.run_folder, self.evaluation, found, weights="average", info=info, data_url=shown(self.url)
-            )
-        )
+        self.background.submit(lambda: write(self.run_folder, self.evaluation, found, model, shown(self.url)))
         return None
 
     def at(self, images_seen: int) -> dict[str, Any] | None:

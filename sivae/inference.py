@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import re
 from typing import Any
 
 import torch
@@ -29,13 +32,15 @@ SETTINGS_FILE, WEIGHTS_FILE, TARGET_FILE = "sivae.json", "model.safetensors", "t
 class Model:
     """Encoder and decoder in eval mode on `device`. Images go in as uint8 or as floats in `value_range`, [B, C, H, W].
 
-    A conditional model wants int64 `labels` [B]; what samples without them draws classes evenly.
+    A conditional model wants int64 `labels` [B]; what samples without them draws classes evenly. `weights` says which it has:
+    the running "average", "plain" ones, or None where nobody knows.
     """
 
     def __init__(
-        self, settings: dict[str, Any], device: str | torch.device = "cpu", info: dict[str, Any] | None = None
-    ):
-        self.settings, self.device, self.info = settings, torch.device(device), info or {}
+        self, settings: dict[str, Any], device: str | torch.device = "cpu", info: dict[str, Any] | None = None,
+        weights: str | None = None,
+    ):  # fmt: skip
+        self.settings, self.device, self.info, self.weights = settings, torch.device(device), info or {}, weights
         self.encoder, self.decoder = (
             network.to(self.device).eval().requires_grad_(False) for network in models.build(**settings)
         )
@@ -75,6 +80,7 @@ class Model:
         variety, fewer bad images.
         """
         extra = dict(self.stage)
+        check_truncation(truncation, truncation_layers)
         if truncation != 1:
             self._require_style("truncation")
             extra |= {"truncation": truncation, "truncation_layers": truncation_layers}
@@ -137,20 +143,25 @@ class Model:
         return self.decoder(mu, labels, level=level)
 
     def interpolate(
-        self, first: Tensor, second: Tensor, steps: int = 8, labels: Tensor | None = None, *, spherical: bool = False
-    ) -> Tensor:
+        self, first: Tensor, second: Tensor, steps: int = 8, labels: Tensor | None = None,
+        second_labels: Tensor | None = None, *, spherical: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Images [B, steps, C, H, W] between the latent means of two batches of images: along the straight line, or `spherical`.
 
         A Gaussian prior has nearly all its mass at a distance of sqrt(latent_dim) from the origin. Half way between two of its
         draws the straight line comes as near as 0.7 of that, where the prior puts next to nothing; the spherical path stays
         at the distance of its ends. So spherical suits draws of the prior and means as long as they are; between means that
-        are short, as of a model that leaves many dimensions unused, both look the same.
+        are short, as of a model that leaves many dimensions unused, both look the same. Of a conditional model the first half
+        of a path has the first image's label, the rest the second's (None: the same): a class has nothing between it and another.
         """
-        ends = self.encode(first, labels)[0], self.encode(second, labels)[0]
+        second_labels = labels if second_labels is None else second_labels
+        ends = self.encode(first, labels)[0], self.encode(second, second_labels)[0]
         weights = torch.linspace(0, 1, steps, device=self.device)[None, :, None]
         between = slerp if spherical else torch.lerp
         path = between(ends[0][:, None], ends[1][:, None], weights).flatten(0, 1)
-        labels = None if labels is None else labels.repeat_interleave(steps)
+        if labels is not None:
+            is_first = torch.arange(steps) < (steps + 1) // 2
+            labels = torch.where(is_first, labels.cpu()[:, None], second_labels.cpu()[:, None]).flatten()
         return self.decode(path, labels).unflatten(0, (len(first), steps))
 
     def translate(self, content: Tensor, class_: Tensor, batch_size: int = 64) -> Tensor:
@@ -207,32 +218,31 @@ def load(
     path: str,
     *,
     device: str | torch.device = "cpu",
-    weights: str = "average",
+    weights: str | None = None,
     storage_options: dict[str, Any] | None = None,
 ) -> Model:
-    """A ready model. `weights="plain"` takes the weights as trained instead of their running average.
+    """A ready model. Of a run the running average of the weights, or with `weights="plain"` those that were trained; an exported
+    folder holds one of the two.
 
-    Raises UserError when there is no model at `path`, or a damaged one.
+    Raises UserError when there is no model at `path`, a damaged one, or one of other weights than asked for.
     """
-    if weights not in ("average", "plain"):
+    if weights not in ("average", "plain", None):
         raise UserError(f"weights: {weights!r} is neither 'average' nor 'plain'")
     folder = Folder(path, storage_options)
     if folder.exists(SETTINGS_FILE):
-        return _load_exported(folder, device)
-    parent, _, name = folder.url.rpartition("/")
-    run = Folder(parent.removesuffix("/checkpoints"), storage_options)
-    if name == "best" and parent.endswith("/checkpoints") and (best := checkpoint.best(run)):
-        folder, name = run.folder("checkpoints", best["name"]), best["name"]
-    if parent.endswith("/checkpoints") and folder.exists("manifest.json"):
-        found = checkpoint.read(
-            run,
-            name,
-            (weights if weights == "average" else "weights",),
-        )
+        model = _load_exported(folder, device)
+        if weights is not None and model.weights not in (weights, None):
+            raise UserError(f"{path}: holds {model.weights} weights alone, and {weights} ones are asked for")
+        return model
+    file = "weights" if weights == "plain" else "average"
+    owner, name = run_of(path)
+    run = Folder(owner, storage_options)
+    if name == "best" and (best := checkpoint.best(run)):
+        name = best["name"]
+    if name is not None and run.exists("checkpoints", name, "manifest.json"):
+        found = checkpoint.read(run, name, (file,))
     else:
-        found = checkpoint.read_newest(
-            folder, report=lambda line: None, files=("average" if weights == "average" else "weights",)
-        )
+        found = checkpoint.read_newest(folder, report=lambda line: None, files=(file,))
     if found is None:
         raise UserError(
             f"{path}: holds no model; give a run directory with checkpoints or a folder made by `sivae export` or `sivae import`"
@@ -241,9 +251,26 @@ def load(
         _model_settings(found.state["model"], path),
         device,
         {k: found.state[k] for k in ("images_seen", "objective", "data", "stage") if k in found.state},
+        "average" if file == "average" and found.state.get("averaged", True) else "plain",
     )
     fill(model, next(iter(found.tensors.values())), path)
     return model
+
+
+def check_truncation(truncation: float, truncation_layers: int | None) -> None:
+    """Raises UserError."""
+    if not math.isfinite(truncation):
+        raise UserError(f"truncation: {truncation} is not a number")
+    if truncation_layers is not None and truncation_layers < 0:
+        raise UserError(f"truncation_layers: {truncation_layers} is negative")
+
+
+def run_of(path: str) -> tuple[str, str | None]:
+    """The run directory that a checkpoint lies in, and the checkpoint's name; another model's own folder, and None."""
+    if "://" not in path:
+        path = os.path.abspath(os.path.expanduser(path))
+    match = re.fullmatch(r"(.*)/checkpoints/([^/]+)/*", path)
+    return (match[1], match[2]) if match else (path, None)
 
 
 def weights_digest(model: Model) -> str:
@@ -277,7 +304,8 @@ def _load_exported(folder: Folder, device: str | torch.device) -> Model:
         if hashlib.sha256(weights).hexdigest() != settings["sha256"]:
             raise ValueError(f"{WEIGHTS_FILE} does not match its checksum")
         tensors = load_tensors(weights)
-        model = Model(_model_settings(settings["model"], folder.url), device, settings.get("info", {}))
+        described = settings.get("info", {}), settings.get("weights")
+        model = Model(_model_settings(settings["model"], folder.url), device, *described)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder.url}: is not a model that sivae can read ({type(error).__name__}: {error})") from None
     fill(model, tensors, folder.url)
@@ -319,6 +347,7 @@ def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = N
         "version": __version__,
         "model": model.settings,
         "info": model.info,
+        "weights": model.weights,
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
     folder.write(json.dumps(settings, indent=1).encode(), SETTINGS_FILE)
@@ -326,7 +355,10 @@ def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = N
 
 def _model_card(model: Model) -> str:
     shape = " x ".join(map(str, model.sample_shape))
-    facts = "\n".join(f"- {key}: `{json.dumps(value)}`" for key, value in {**model.settings, **model.info}.items())
+    facts = "\n".join(
+        f"- {key}: `{json.dumps(value)}`"
+        for key, value in {**model.settings, **model.info, "weights": model.weights}.items()
+    )
     return f"""---
 library_name: sivae
 tags: [soft-introvae, vae, image-generation]

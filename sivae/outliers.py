@@ -12,18 +12,22 @@ importance_weighted  -log 1/K sum_k p(x | z_k) p(z_k) / q(z_k | x), which nears 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sivae import __version__
 from sivae.data import ImageStream, open_stream
 from sivae.errors import UserError
+from sivae.evaluate import FOLDER
 from sivae.images import to_float
 from sivae.inference import Model, weights_digest
 from sivae.metrics import ood
@@ -33,11 +37,17 @@ from sivae.randomness import score_draws
 from sivae.storage import Folder
 
 SCORES = ("negative_elbo", "kl", "reconstruction", "importance_weighted")
-FILE = "outliers.json"
 BATCH = 64
-PERCENTS = 100  # steps of the inliers' quantiles that are kept
+PERCENTS = 100  # steps of the inliers' quantiles that are kept; a threshold takes as many inliers
 
 Scores = dict[str, np.ndarray]
+
+
+def weighting(model: Model) -> tuple[str, float]:
+    """The reconstruction error and w of the model's training; mse and 1 for a model that does not know its training."""
+    trained = model.info.get("objective") or {}
+    beta_rec, beta_kl = trained.get("beta_rec", 1.0), trained.get("beta_kl", 1.0)
+    return trained.get("reconstruction", "mse"), beta_rec / beta_kl if beta_kl else 1.0
 
 
 @torch.no_grad()
@@ -47,9 +57,7 @@ def score(model: Model, images: Tensor, numbers: range, *, num_samples: int = 16
         raise UserError(
             "outliers: this model is conditional on classes, and an outlier has none; take an unconditional one"
         )
-    trained = model.info.get("objective") or {}
-    kind, beta_kl = trained.get("reconstruction", "mse"), trained.get("beta_kl", 1.0)
-    weight = trained.get("beta_rec", 1.0) / beta_kl if beta_kl else 1.0
+    kind, weight = weighting(model)
     x = to_float(images.to(model.device), *model.value_range)
     mu, logvar = model.encode(images)
     divergence = kl(mu, logvar).double()
@@ -75,10 +83,20 @@ def open_set(url: str, split: str, model: Model) -> ImageStream:
     return open_stream(url, split=split, resolution=resolution, num_channels=channels, batch_size=1)
 
 
+def check_sets(inliers: ImageStream, outliers: ImageStream, count: int | None) -> None:
+    """Raises UserError for sets from which nothing, or no threshold, can be told."""
+    if inliers.digest == outliers.digest:
+        raise UserError("--outlier: is the same set of images as --inlier")
+    for stream in (inliers, outliers):
+        if count is not None and count > len(stream):
+            raise UserError(f"--count: {count:,} images are asked for; {stream.where} has {len(stream):,}")
+    found = len(inliers) if count is None else count
+    if found < PERCENTS:
+        raise UserError(f"{inliers.where}: {found} inliers are too few for a threshold; give {PERCENTS} or more")
+
+
 def score_set(model: Model, stream: ImageStream, *, count: int | None, num_samples: int, seed: int) -> Scores:
-    """Every score of the first `count` images, or of all. Raises UserError when one is not finite, or there are too few."""
-    if count is not None and count > len(stream):
-        raise UserError(f"--count: {count:,} images are asked for; {stream.where} has {len(stream):,}")
+    """Every score of the first `count` images, or of all. Raises UserError when one is not finite."""
     count = len(stream) if count is None else count
     parts = []
     with progress_bar(count, f"scoring {stream.where}", " images") as bar:
@@ -111,6 +129,36 @@ def table(results: dict[str, ood.Separation]) -> list[str]:
     return lines
 
 
+def write_figures(
+    folder: Folder,
+    model: Model,
+    results: dict[str, ood.Separation],
+    sets: dict[str, dict[str, Any]],
+    num_samples: int,
+    seed: int,
+) -> str:
+    """Keep what `compare` found under evaluations/, with all that it depends on. Returns the file's path or URL.
+
+    sets: of "inlier" and "outlier", what is to be known of the images. The same comparison again takes the same name.
+    """
+    kind, weight = weighting(model)
+    protocol = {
+        "sets": sets, "num_samples": num_samples, "seed": seed, "kept": ood.KEPT, "reconstruction": kind,
+        "reconstruction_weight": weight, "weights": model.weights or "unknown", "weights_sha256": weights_digest(model),
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
+    content = {
+        "figures": {
+            name: {figure: dict(zip(("value", "low", "high"), ends)) for figure, ends in asdict(found).items()}
+            for name, found in results.items()
+        },
+        "protocol": protocol, "images_seen": model.info.get("images_seen"), "sivae": __version__, "torch": torch.__version__,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+    folder.write(json.dumps(content, indent=1).encode(), FOLDER, f"ood-{key}.json")
+    return f"{folder.url}/{FOLDER}/ood-{key}.json"
+
+
 # The threshold, and what it says of one image
 
 
@@ -124,15 +172,11 @@ class Verdict:
     sentence: str
 
 
-def calibrate(
-    model: Model, inliers: Scores, stream: ImageStream, weights: str, num_samples: int, seed: int
-) -> dict[str, Any]:
+def calibrate(model: Model, inliers: Scores, stream: ImageStream, num_samples: int, seed: int) -> dict[str, Any]:
     """What `judge` needs: thresholds that 95% of the inliers keep, and what they belong to."""
     count = len(next(iter(inliers.values())))
-    if count < PERCENTS:
-        raise UserError(f"{stream.where}: {count} inliers are too few for a threshold; give {PERCENTS} or more")
     return {
-        "format": 1, "weights": weights, "weights_sha256": weights_digest(model), "num_samples": num_samples, "seed": seed,
+        "format": 1, "weights_sha256": weights_digest(model), "num_samples": num_samples, "seed": seed,
         "kept": ood.KEPT, "inliers": {"digest": stream.digest, "count": count},
         "scores": {
             name: {
@@ -144,26 +188,47 @@ def calibrate(
     }  # fmt: skip
 
 
-def write_calibration(folder: Folder, calibration: dict[str, Any]) -> None:
-    folder.write(json.dumps(calibration, indent=1).encode(), FILE)
+def calibration_file(model: Model) -> str:
+    """Its name beside a model. Checkpoints of a run have other weights, and each its own."""
+    return f"outliers-{weights_digest(model)[:12]}.json"
 
 
-def read_calibration(folder: Folder, model: Model, weights: str) -> dict[str, Any]:
-    """Raises UserError when there is none, or one of other weights."""
-    again = "run sivae ood MODEL --inlier URL --outlier URL"
-    if not folder.exists(FILE):
-        raise UserError(f"{folder.url}: no threshold is calibrated for this model; {again} first")
+def write_calibration(folder: Folder, model: Model, calibration: dict[str, Any]) -> str:
+    """Returns the file's path or URL."""
+    folder.write(json.dumps(calibration, indent=1).encode(), calibration_file(model))
+    return f"{folder.url}/{calibration_file(model)}"
+
+
+def read_calibration(folder: Folder, model: Model) -> dict[str, Any]:
+    """Raises UserError when there is none of these weights."""
+    again, name = "run sivae ood MODEL --inlier URL --outlier URL", calibration_file(model)
+    if not folder.exists(name):
+        raise UserError(f"{folder.url}: no threshold is calibrated for these weights; {again} first")
     try:
-        calibration = json.loads(folder.read(FILE))
-        held = calibration["weights_sha256"], calibration["weights"], calibration["scores"], calibration["seed"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder.url}/{FILE}: is damaged; {again} again") from None
-    if held[0] != weights_digest(model):
-        raise UserError(
-            f"{folder.url}/{FILE}: was calibrated for other weights of this model ({held[1]} ones, perhaps of another"
-            f" checkpoint); {again} again"
+        calibration = json.loads(folder.read(name))
+        whole = (
+            calibration["weights_sha256"] == weights_digest(model)
+            and all(isinstance(calibration[key], int) for key in ("num_samples", "seed"))
+            and 0 < calibration["kept"] < 1
+            and calibration["inliers"]["count"] > 0
+            and all(
+                math.isfinite(
+                    sum([calibration["scores"][score]["threshold"], *calibration["scores"][score]["quantiles"]])
+                )
+                for score in SCORES
+            )
         )
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{folder.url}/{name}: is damaged; {again} again")
     return calibration
+
+
+def carry_calibration(source: Folder, dest: Folder, model: Model) -> None:
+    """Copy the thresholds of a model's weights, where there are any, to where it is exported."""
+    if source.exists(name := calibration_file(model)):
+        dest.write(source.read(name), name)
 
 
 def judge(model: Model, image: Tensor, calibration: dict[str, Any], name: str = "negative_elbo") -> Verdict:

@@ -280,7 +280,8 @@ def draw(density: Density, titled: dict[str, inference.Model]) -> bytes:
 def _models(stack: StackedModels, settings: Toy2dConfig, device: torch.device) -> list[inference.Model]:
     info = {"density": settings.density, "objective": settings.objective.model_dump(mode="json")}
     found = [
-        inference.Model(settings.model.model_dump(), device, {**info, "seed": seed}) for seed in settings.run.seeds
+        inference.Model(settings.model.model_dump(), device, {**info, "seed": seed}, "plain")
+        for seed in settings.run.seeds
     ]
     stack.encoder.write_to([model.encoder for model in found])
     stack.decoder.write_to([model.decoder for model in found])

@@ -417,7 +417,7 @@ class Trainer:
             "images_seen": self.images_seen, "attempt": self.attempt, "negative_gaps": self.gap.num_negative, "substituted": self.substitutes.count,
             "model": settings.model.model_dump(mode="json"), "objective": settings.objective.model_dump(mode="json"), "seed": settings.run.seed,
             "data": {"url": shown(settings.data.url), "digest": self.levels.streams[-1].digest}, "version": __version__,
-            "resolution": self.levels.resolution, "stage": self.levels.stage,
+            "resolution": self.levels.resolution, "stage": self.levels.stage, "averaged": settings.ema.halflife_images > 0,
             "evaluation": self.evaluator.at(self.images_seen),
         }  # fmt: skip
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sivae import config, inference
+from sivae import config, inference, outliers
+from sivae.storage import Folder
 
 
 def import_(options: argparse.Namespace) -> None:
@@ -13,6 +14,7 @@ def import_(options: argparse.Namespace) -> None:
 
     found = published.read(options.source, options.residual)
     model = inference.Model(config.parse_model(found.settings).model_dump())
+    model.weights = "average" if found.averaged else "plain"
     model.info = {"imported_from": Path(options.source).name, "kind": found.kind}
     inference.fill(
         model,
@@ -32,6 +34,7 @@ def import_(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     model = inference.load(options.model, weights=options.weights)
     inference.export(model, options.dest)
+    outliers.carry_calibration(Folder(inference.run_of(options.model)[0]), Folder(options.dest), model)
     print(f"{options.dest}: {_describe(model)}; {inference.WEIGHTS_FILE}, {inference.SETTINGS_FILE} and a model card")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 
 from sivae import inference
 from sivae.commands.files import load_model, read_images, require, split_path
@@ -22,7 +21,7 @@ def evaluate(options: argparse.Namespace) -> None:
     fixed = [f"--{name.replace('_', '-')}" for name in given if name != "seed"]
     if options.protocol:
         require(not fixed, f"{fixed and fixed[0]}: the published protocol fixes it; leave one of the two out")
-        require(options.weights == "average", "--weights: the published protocol takes the averaged weights")
+        require(options.weights != "plain", "--weights: the published protocol takes the averaged weights")
         require(options.split == "train", "--split: the published protocol takes the training images")
     require(given.get("seed", 0) >= 0, f"--seed: {given.get('seed')} is negative")
     detectors = dict(pair.partition("=")[::2] for pair in options.detector)
@@ -46,14 +45,17 @@ def evaluate(options: argparse.Namespace) -> None:
             print(
                 f"{stream.where}: has {len(stream):,} images where the published protocol takes 50,000; all are taken"
             )
+        if options.protocol and group.is_main and model.weights != "average":
+            print(
+                f"{options.model}: holds no averaged weights, which the published protocol takes; those it holds are judged"
+            )
         figures = evaluation.run(model)
 
         def tell() -> None:
             for name, value in figures.items():
                 print(f"{name} {value:.6g}")
-            run = Folder(_run_of(options.model))
-            described = {"weights": options.weights, "info": model.info, "data_url": shown(options.data)}
-            print(f"{write(run, evaluation, figures, **described)}: the figures with their protocol")
+            run = Folder(inference.run_of(options.model)[0])
+            print(f"{write(run, evaluation, figures, model, shown(options.data))}: the figures with their protocol")
 
         group.on_main(tell)
 
@@ -65,11 +67,11 @@ def ood(options: argparse.Namespace) -> None:
     require(options.seed >= 0, f"--seed: {options.seed} is negative")
     model = load_model(options)
     require(len(model.sample_shape) == 3, "this model is not one of images")
-    folder = Folder(_run_of(options.model))
+    folder = Folder(inference.run_of(options.model)[0])
     if options.judge:
         require(not (options.inlier or options.outlier), "--judge: goes without --inlier and --outlier")
         image, _ = read_images(options.judge, model, 1)
-        verdict = outliers.judge(model, image, outliers.read_calibration(folder, model, options.weights), options.score)
+        verdict = outliers.judge(model, image, outliers.read_calibration(folder, model), options.score)
         print(f"{options.judge}: {verdict.sentence}")
         return
     require(options.inlier and options.outlier, "give both --inlier and --outlier, or --judge IMAGE")
@@ -78,7 +80,11 @@ def ood(options: argparse.Namespace) -> None:
     settings = {"num_samples": options.samples, "seed": options.seed, "count": options.count}
     sets = [(options.inlier, options.inlier_split), (options.outlier, options.outlier_split)]
     streams = [outliers.open_set(url, split, model) for url, split in sets]
-    require(streams[0].digest != streams[1].digest, "--outlier: is the same set of images as --inlier")
+    outliers.check_sets(*streams, options.count)
+    if not model.info.get("objective"):
+        print(
+            f"{options.model}: does not say how it was trained; the error is taken to be {' of weight '.join(map(str, outliers.weighting(model)))}"
+        )
     inlier, outlier = (outliers.score_set(model, stream, **settings) for stream in streams)
     results = outliers.compare(inlier, outlier, options.seed)
     for line in outliers.table(results):
@@ -87,11 +93,13 @@ def ood(options: argparse.Namespace) -> None:
     names = [f"{shown(url)} {split}" for url, split in sets]
     folder_of_picture.write(outliers.histograms(inlier, outlier, results, *names), name)
     print(options.output)
-    calibration = outliers.calibrate(model, inlier, streams[0], options.weights, options.samples, options.seed)
-    outliers.write_calibration(folder, calibration)
-    print(f"{folder.url}/{outliers.FILE}: thresholds; judge an image with sivae ood {options.model} --judge IMAGE")
-
-
-def _run_of(model: str) -> str:
-    """The run directory that a checkpoint lies in; another model's own folder."""
-    return re.sub(r"/checkpoints/[^/]+/*$", "", model)
+    known = {
+        name: {"url": shown(url), "split": split, "digest": stream.digest, "count": options.count or len(stream)}
+        for name, (url, split), stream in zip(("inlier", "outlier"), sets, streams)
+    }
+    print(
+        f"{outliers.write_figures(folder, model, results, known, options.samples, options.seed)}: the figures with their protocol"
+    )
+    calibration = outliers.calibrate(model, inlier, streams[0], options.samples, options.seed)
+    kept = outliers.write_calibration(folder, model, calibration)
+    print(f"{kept}: thresholds; judge an image with sivae ood {options.model} --judge IMAGE")

@@ -33,10 +33,6 @@ def sample(options: argparse.Namespace) -> None:
         )
         return
     labels = None if options.label is None else torch.full((count,), options.label)
-    require(
-        options.truncation_layers is None or options.truncation_layers >= 0,
-        f"--truncation-layers: {options.truncation_layers} is negative",
-    )
     truncation = {"truncation": options.truncation, "truncation_layers": options.truncation_layers}
     samples = model.to_uint8(model.sample(count, seed=options.seed, labels=labels, **truncation)).cpu()
     write_picture(options.output, images.grid(samples, columns=_columns(count)))
@@ -68,10 +64,11 @@ def interpolate(options: argparse.Namespace) -> None:
     require(options.steps >= 2, f"--steps: {options.steps} is too few, both ends make 2")
     require(options.frames >= 2, f"--frames: {options.frames} is too few, both ends make 2")
     first, labels = read_images(options.first, model, 1, options.label)
-    second, _ = read_images(options.second, model, 1, options.label)
+    second, second_labels = read_images(options.second, model, 1, options.label)
 
     def path(steps: int) -> Tensor:
-        return model.to_uint8(model.interpolate(first, second, steps, labels, spherical=options.spherical)[0]).cpu()
+        between = model.interpolate(first, second, steps, labels, second_labels, spherical=options.spherical)
+        return model.to_uint8(between[0]).cpu()
 
     write_picture(
         options.output, images.grid(torch.cat([first, path(options.steps), second]), columns=options.steps + 2)

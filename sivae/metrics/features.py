@@ -66,6 +66,10 @@ class Detector:
         extra = {"return_features": True} if self.return_features else {}
         with torch.no_grad(), _exact_float32():
             features = self.network(images, **extra)
+        if self.dim and features.shape != (len(images), self.dim):
+            raise UserError(
+                f"detector {self.name}: returns {tuple(features.shape)} for {len(images)} images, not [{len(images)}, {self.dim}]"
+            )
         return features.float()
 
 
@@ -146,18 +150,21 @@ def load_script(path: str, what: str, device: torch.device | str) -> Any:
 
 
 def _probe(detector: Detector, shape: tuple[int, ...], device: torch.device | str) -> int:
-    """The size of the features, found by asking."""
+    """The size of the features, found by asking for those of two images and of one: a traced file may know one number alone."""
     what = f"detector {detector.name}"
-    try:
-        features = detector(torch.zeros(2, *shape, dtype=torch.uint8, device=device))
-    except Exception as error:  # noqa: BLE001 (a file of others can raise anything)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise UserError(
-            f"{what}: does not take images of shape {(2, *shape)} as detectors do ({lines[-1][:200]});"
-            " see docs/evaluation.md for what a file must take and return"
-        ) from None
-    if features.ndim != 2 or len(features) != 2:
-        raise UserError(f"{what}: returns {tuple(features.shape)} for 2 images, not features [2, D]")
+    for count in (2, 1):
+        try:
+            features = detector(torch.zeros(count, *shape, dtype=torch.uint8, device=device))
+        except Exception as error:  # noqa: BLE001 (a file of others can raise anything)
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            raise UserError(
+                f"{what}: does not take images of shape {(count, *shape)} as detectors do ({lines[-1][:200]});"
+                " see docs/evaluation.md for what a file must take and return"
+            ) from None
+        if features.ndim != 2 or len(features) != count:
+            raise UserError(
+                f"{what}: returns {tuple(features.shape)} for images {(count, *shape)}, not features [{count}, D]"
+            )
     return features.shape[1]
 
 

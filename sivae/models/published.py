@@ -34,6 +34,8 @@ class Published:
     settings: dict[str, Any]
     networks: dict[str, dict[str, Tensor]]
     kind: str
+    averaged: bool = False
+    """Whether the weights are a running average; of the published models the style family alone keeps one."""
 
 
 def read(path: str, residual: str | None = None) -> Published:
@@ -94,7 +96,7 @@ def convert_style(entries: dict[str, dict[str, Tensor]], where: str = "entries")
         settings, networks = published_style.convert(entries)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{where}: is not a published style model ({type(error).__name__}: {error})") from None
-    return Published(settings, networks, "style")
+    return Published(settings, networks, "style", averaged=bool(entries.get("generator_s")))
 
 
 def convert(state: dict[str, Tensor], where: str = "state dict", residual: str | None = None) -> Published:

@@ -31,8 +31,9 @@ def make_model(seed: int = 0, **fields) -> inference.Model:
     return model
 
 
-def export_model(folder: Path, seed: int = 0, **fields) -> str:
+def export_model(folder: Path, seed: int = 0, weights: str | None = "average", **fields) -> str:
     model = make_model(seed, **fields)
+    model.weights = weights
     model.info = {"images_seen": 1234}
     inference.export(model, str(folder))
     return str(folder)

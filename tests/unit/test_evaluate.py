@@ -17,6 +17,7 @@ from sivae.data import open_stream
 from sivae.errors import UserError
 from sivae.evaluate import Evaluation, NonFiniteImages, Protocol
 from sivae.images import to_float
+from sivae.inference import load, weights_digest
 from sivae.metrics import kid, precision_recall, reconstruction
 from sivae.metrics.frechet import frechet_distance, moments
 from sivae.storage import Folder
@@ -186,7 +187,68 @@ def test_the_command_keeps_the_figures_with_their_protocol(data, model_path, cap
     }  # fmt: skip
     assert protocol["fakes"]["count"] == 100 and protocol["weights"] == "average" and protocol["mode"] == "eval"
     assert protocol["uint8"] == "rounded to the nearest" and protocol["detectors"][0]["name"] == "pixels"
-    assert main([*arguments, "--weights", "plain"]) == 0 and len(list(path.parent.iterdir())) == 2
+    assert held["weights_sha256"] == weights_digest(load(model_path))
+    assert main(arguments) == 0 and len(list(path.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("weights", ["average", "plain", None])
+def test_the_weights_kept_are_those_that_were_judged(data, tmp_path, capsys, weights):
+    path = export_model(tmp_path / "model", weights=weights)
+    arguments = ["evaluate", path, "--data", data, "--metrics", "mse"]
+    assert main(arguments) == 0
+    (kept,) = (tmp_path / "model" / "evaluations").iterdir()
+    assert json.loads(kept.read_text())["protocol"]["weights"] == (weights or "unknown")
+    if weights == "plain":
+        assert main([*arguments, "--weights", "average"]) == 1
+        assert "holds plain weights alone" in capsys.readouterr().err
+        assert main([*arguments, "--protocol", "published"]) == 0
+        assert "holds no averaged weights" in capsys.readouterr().out
+
+
+class TwoRows(torch.nn.Module):
+    """What a file traced with two images can do with more."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1).float()[:2]
+
+
+class OneRow(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1).float()[:1]
+
+
+class NanOnReals(torch.nn.Module):
+    """NaN for an image that has a large value, which a new model's samples do not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = x.flatten(1).float()[:, :8]
+        return torch.where(x.flatten(1).float().amax(dim=1, keepdim=True) > 250, features / 0 * 0, features)
+
+
+class NanLpips(torch.nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ((x - y) / 0 * 0).flatten(1).sum(dim=1)
+
+
+def test_a_detector_must_give_a_row_for_each_image(data, tmp_path):
+    one, two = (save_script(net, tmp_path / f"{i}.pt") for i, net in enumerate((OneRow(), TwoRows())))
+    with pytest.raises(UserError, match=r"returns \(1, 192\) for images \(2, 1, 8, 8\), not features \[2, D\]"):
+        judge(data, Protocol(("frechet_mine",), num_fakes=300), detectors={"mine": one})
+    with pytest.raises(UserError, match=r"detector mine: returns \(2, 192\) for 64 images, not \[64, 192\]"):
+        judge(data, Protocol(("frechet_mine",), num_fakes=300), detectors={"mine": two})
+
+
+def test_features_that_are_not_finite_are_not_kept_for_later(data, tmp_path):
+    kept, net = Folder(str(tmp_path / "kept")), save_script(NanOnReals(), tmp_path / "net.pt")
+    with pytest.raises(UserError, match="detector mine: its features of the real images are not finite"):
+        judge(data, Protocol(("frechet_mine",), num_fakes=80), detectors={"mine": net}, statistics=kept)
+    assert kept.names() == []
+
+
+def test_an_lpips_that_is_not_a_number_is_no_figure(data, tmp_path):
+    lpips = save_script(NanLpips(), tmp_path / "lpips.pt")
+    with pytest.raises(UserError, match="lpips: is not a number for some of the real images; nothing is judged"):
+        judge(data, Protocol(("mse", "lpips")), lpips=lpips)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +272,8 @@ def test_the_command_keeps_the_figures_with_their_protocol(data, model_path, cap
         (["--metrics", "mse", "--protocol", "published", "--num-fakes", "10"], "--num-fakes: the published protocol"),
         (["--metrics", "mse", "--protocol", "published", "--weights", "plain"], "averaged weights"),
         (["--metrics", "mse", "--batch-size", "0"], "batch_size: 0"),
+        (["--metrics", "mse", "--truncation-layers", "-1"], "truncation_layers: -1 is negative"),
+        (["--metrics", "mse", "--truncation", "nan"], "truncation: nan is not a number"),
         (["--metrics", "mse", "--seed", "-1"], "--seed: -1 is negative"),
     ],
 )  # fmt: skip

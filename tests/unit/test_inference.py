@@ -169,6 +169,10 @@ def test_interpolation_keeps_the_class_along_the_way():
     path = conditional.interpolate(a, b, steps=4, labels=labels)
     assert torch.allclose(path[:, 0], conditional.reconstruct(a, labels), atol=1e-5)
     assert torch.allclose(path[:, -1], conditional.reconstruct(b, labels), atol=1e-5)
+    others = torch.tensor([1, 2])
+    path = conditional.interpolate(a, b, 5, labels, others)
+    assert torch.allclose(path[:, 0], conditional.reconstruct(a, labels), atol=1e-5)
+    assert torch.allclose(path[:, -1], conditional.reconstruct(b, others), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 8, 8), (2, 1, 16, 8), (2, 16, 16), (2, 256)])
@@ -257,6 +261,34 @@ def test_a_run_gives_the_average_of_its_newest_checkpoint(run):
     one = f"{folder.url}/checkpoints/000000000100"
     assert torch.equal(sivae.load(one).sample(2), models_of[100][0].sample(2))
     assert torch.equal(sivae.load(f"{one}/", weights="plain").sample(2), models_of[100][1].sample(2))
+    assert sivae.load(one).weights == "average" and sivae.load(one, weights="plain").weights == "plain"
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints"])
+def test_a_checkpoint_may_be_named_from_inside_its_run(run, monkeypatch, inside):
+    folder, models_of = run
+    monkeypatch.chdir(f"{folder.url}/{inside}")
+    path = "000000000100" if inside else "checkpoints/000000000100"
+    assert torch.equal(sivae.load(path).sample(2), models_of[100][0].sample(2))
+    assert inference.run_of(path) == (folder.url, "000000000100")
+
+
+def test_an_exported_model_knows_its_weights_and_gives_no_others(run, tmp_path):
+    folder, models_of = run
+    for weights, other in (("average", "plain"), ("plain", "average")):
+        path = str(tmp_path / weights)
+        inference.export(sivae.load(folder.url, weights=weights), path)
+        assert sivae.load(path).weights == sivae.load(path, weights=weights).weights == weights
+        with pytest.raises(UserError, match=f"holds {weights} weights alone, and {other} ones are asked for"):
+            sivae.load(path, weights=other)
+
+
+def test_a_run_without_an_average_has_plain_weights(tmp_path):
+    model = model_of()
+    state = {"images_seen": 100, "model": model.settings, "seed": 0, "averaged": False}
+    tensors = everything(model)
+    checkpoint.save(Folder(str(tmp_path)), state, {"weights": tensors, "average": tensors}, keep=1)
+    assert sivae.load(str(tmp_path)).weights == "plain"
 
 
 def test_a_damaged_newest_checkpoint_gives_the_one_before_it(run):

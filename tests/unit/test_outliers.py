@@ -17,6 +17,7 @@ from sivae import outliers
 from sivae.cli import main
 from sivae.data import open_stream
 from sivae.errors import UserError
+from sivae.storage import Folder
 from tests.unit.judged import SIZE, export_model, make_model, pack_images
 
 
@@ -138,10 +139,15 @@ def test_the_command_tells_draws_calibrates_and_judges(sets, tmp_path, capsys):
     assert all(f"| {name} | " in told for name in outliers.SCORES) and "AUROC" in told
     with Image.open("ood.png") as picture:
         assert picture.size[0] > 500
-    held = json.loads(Path(model, outliers.FILE).read_text())
+    loaded = sivae.load(model)
+    held = json.loads(Path(model, outliers.calibration_file(loaded)).read_text())
     stream = open_stream(sets[0], split="test", batch_size=1)
     assert held["inliers"] == {"digest": stream.digest, "count": len(stream)}
-    loaded = sivae.load(model)
+    (kept,) = Path(model, "evaluations").iterdir()
+    written = json.loads(kept.read_text())
+    assert f"| kl | {written['figures']['kl']['auroc']['value']:.3f} (" in told and str(kept) in told
+    assert written["protocol"]["sets"]["inlier"]["digest"] == stream.digest
+    assert written["protocol"]["sets"]["outlier"]["count"] == 150 and written["protocol"]["num_samples"] == 2
     found = outliers.score_set(loaded, stream, count=None, num_samples=2, seed=0)
     kept = (found["kl"] <= held["scores"]["kl"]["threshold"]).mean()
     assert 0.95 <= kept < 0.97
@@ -164,14 +170,28 @@ def test_a_threshold_of_other_weights_is_not_used(sets, tmp_path, capsys):
     model = export_model(tmp_path / "model")
     Image.fromarray(np.zeros((SIZE, SIZE), np.uint8)).save("image.png")
     assert main(["ood", model, "--judge", "image.png"]) == 1
-    assert "no threshold is calibrated for this model" in capsys.readouterr().err
+    assert "no threshold is calibrated for these weights" in capsys.readouterr().err
     assert main(arguments(model, sets)) == 0
+    assert main(["ood", model, "--judge", "image.png"]) == 0
+    assert main(["export", model, str(tmp_path / "copy")]) == 0
+    assert main(["ood", str(tmp_path / "copy"), "--judge", "image.png"]) == 0
     export_model(tmp_path / "model", seed=1)
     assert main(["ood", model, "--judge", "image.png"]) == 1
-    assert "was calibrated for other weights" in capsys.readouterr().err
-    Path(model, outliers.FILE).write_text("{")
-    assert main(["ood", model, "--judge", "image.png"]) == 1
-    assert "is damaged" in capsys.readouterr().err
+    assert "no threshold is calibrated for these weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["num_samples", "seed", "kept", "inliers", "scores", "weights_sha256", None])
+def test_damaged_thresholds_are_refused(sets, tmp_path, capsys, key):
+    model = export_model(tmp_path / "model")
+    loaded = sivae.load(model)
+    stream = open_stream(sets[0], split="test", batch_size=1)
+    found = outliers.score_set(loaded, stream, count=None, num_samples=1, seed=0)
+    held = outliers.calibrate(loaded, found, stream, 1, 0)
+    path = Path(outliers.write_calibration(Folder(model), loaded, held))
+    assert outliers.read_calibration(Folder(model), loaded) == held
+    path.write_text(json.dumps({name: value for name, value in held.items() if name != key}) if key else "{")
+    with pytest.raises(UserError, match="is damaged; run sivae ood"):
+        outliers.read_calibration(Folder(model), loaded)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +201,7 @@ def test_a_threshold_of_other_weights_is_not_used(sets, tmp_path, capsys):
         (["--samples", "0"], "--samples: 0"),
         (["--count", "200"], "200 images are asked for"),
         (["--count", "0"], "--count: 0"),
+        (["--count", "160"], "out/set has 150"),
         (["--count", "99"], "too few for a threshold"),
         (["--judge", "x.png"], "goes without --inlier"),
     ],
@@ -189,7 +210,12 @@ def test_what_cannot_be_told_is_one_sentence(sets, tmp_path, capsys, more, sente
     model = export_model(tmp_path / "model")
     assert main(arguments(model, sets, *more)) == 1
     told = capsys.readouterr().err
-    assert sentence in told and told.count("sivae: error: ") == 1 and not Path(model, outliers.FILE).exists()
+    assert sentence in told and told.count("sivae: error: ") == 1
+    assert (
+        not list(Path(model).glob("outliers-*"))
+        and not Path(model, "evaluations").exists()
+        and not Path("ood.png").exists()
+    )
 
 
 def test_models_and_sets_that_do_not_fit(sets, tmp_path, capsys):
