@@ -62,6 +62,8 @@ class Engine:
         deepspeed = _import_deepspeed(group.device)
         self.group, self.zero_stage, self.network = group, zero_stage, network.to(group.device)
         if compile:
+            # A graph that is kept for the decoder phase is differentiated twice, so its backward may not reuse its memory.
+            torch._functorch.config.donated_buffer = False
             self.network.compile(dynamic=False)
         # For the process: both engines have the same.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -91,8 +93,9 @@ class Engine:
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": clip_grad_norm or 0.0,
+            "gradient_clipping": clip_grad_norm or 0.0 if zero_stage else 0.0,
             "zero_optimization": zero,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a phase
             "zero_allow_untested_optimizer": True,
         }
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
@@ -101,6 +104,9 @@ class Engine:
         self.average = [tensor.clone() for tensor in self._live()]
         self.average_buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
         self.grad_norm = torch.zeros((), device=group.device)
+        # At stage 0 DeepSpeed's clipping would wait for the device, and reduce a norm that all ranks have.
+        self.clip_grad_norm = None if zero_stage else clip_grad_norm
+        self._norm_is_new = False
 
     # One phase
 
@@ -125,6 +131,11 @@ class Engine:
             if self.eps_hat and last:
                 # torch adds epsilon to the corrected second moment's root.
                 parameters["eps"] = self.eps / math.sqrt(1 - self.beta2**self.num_steps)
+        if last and self.clip_grad_norm:
+            if not self._norm_is_new:
+                self.gradient_norm()
+            torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), self.clip_grad_norm, self.grad_norm)
+        self._norm_is_new = False
         self.engine.step()
         if last and self.zero_stage:
             norm = self.engine.get_global_grad_norm()
@@ -154,6 +165,7 @@ class Engine:
         self.grad_norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.network.parameters() if p.grad is not None]
         )
+        self._norm_is_new = True
         return self.grad_norm
 
     # The running average

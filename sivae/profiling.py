@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sivae.distributed import Group
@@ -213,15 +214,21 @@ class StepProfile:
         found = [
             (event.key, getattr(event, attribute) / 1e6, event.count)
             for event in self.trace.key_averages()
-            if not event.key.startswith(PREFIX)
+            # A kernel's time is in its operator's account too, which has the name that a person knows.
+            if not event.key.startswith(PREFIX) and event.device_type == DeviceType.CPU
         ]
         return sorted((item for item in found if item[1] > 0), key=lambda item: -item[1])
 
     def communication_sec(self) -> float:
         """Of collectives in the traced steps, on the device or, on a CPU, where gloo does them."""
-        prefix = "nccl" if self.group.device.type == "cuda" else "gloo:"
+        where, prefix = (
+            (DeviceType.CUDA, "nccldev") if self.group.device.type == "cuda" else (DeviceType.CPU, "gloo:")
+        )  # beside its kernels NCCL has annotations of both the host and the device
         events = self.trace.profiler.kineto_results.events()
-        return sum(event.duration_ns() for event in events if event.name().startswith(prefix)) / 1e9
+        return (
+            sum(e.duration_ns() for e in events if e.device_type() == where and e.name().lower().startswith(prefix))
+            / 1e9
+        )
 
     def _peaks(self) -> dict[str | None, int]:
         """From the CPU allocator's own account: bytes beyond those at the start of the trace, the highest within each part."""

@@ -28,10 +28,15 @@ def normal(seed: int, purpose: int, numbers: range, dim: int) -> Tensor:
     return torch.from_numpy((radius * np.cos(angle)).astype(np.float32))
 
 
+def _onto(device: torch.device, draws: Tensor) -> Tensor:
+    """Without a wait: from memory that is not page-locked a copy to a GPU ends only when the GPU has done all before it."""
+    return draws.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draws.to(device)
+
+
 def step_draws(seed: int, numbers: range, latent_dim: int, device: torch.device, attempt: int = 0) -> Draws:
     """The draws of a training step for these image numbers. `attempt` counts rollbacks: each draws anew."""
     count = len(Draws.names())
-    draws = normal(seed, attempt, numbers, count * latent_dim).to(device, non_blocking=True)
+    draws = _onto(device, normal(seed, attempt, numbers, count * latent_dim))
     return Draws(*draws.unflatten(1, (count, latent_dim)).unbind(1))
 
 
@@ -47,14 +52,14 @@ def style_draws(
     names = [*Draws.names(), "z_prior_d", "eps_real_d"]
     others = ["z_prior", "z_prior_d"] if mixing else []
     count = len(names) + len(others)
-    draws = normal(seed, attempt, numbers, count * latent_dim).to(device, non_blocking=True)
+    draws = _onto(device, normal(seed, attempt, numbers, count * latent_dim))
     named = dict(zip([*names, *others], draws.unflatten(1, (count, latent_dim))[:, : len(names)].unbind(1)))
     chances = _uniform(seed, _MIXING + attempt, numbers, 2 * len(others)) if others else None
     for index, name in enumerate(others):
         mixes, where = chances[:, 2 * index], chances[:, 2 * index + 1]
         first = np.where(mixes < mixing, 1 + np.floor(where * num_layers), num_layers)
         keeps = np.arange(num_layers)[None] < first[:, None]
-        keeps = torch.from_numpy(keeps).to(device, non_blocking=True)[..., None]
+        keeps = _onto(device, torch.from_numpy(keeps))[..., None]
         other = draws.unflatten(1, (count, latent_dim))[:, len(names) + index]
         named[name] = torch.where(keeps, named[name][:, None], other[:, None])
     return Draws(**named)
@@ -65,7 +70,7 @@ def augment_draws(seed: int, numbers: range, device: torch.device, attempt: int 
     uniform = _uniform(seed, _AUGMENT + attempt, numbers, NUM_CALLS * NUM_UNIFORMS).astype(np.float32)
     # float32 rounds what is nearly 1 up to it.
     uniform = torch.from_numpy(uniform).clamp(max=1 - 2**-24)
-    return uniform.unflatten(1, (NUM_CALLS, NUM_UNIFORMS)).to(device, non_blocking=True)
+    return _onto(device, uniform.unflatten(1, (NUM_CALLS, NUM_UNIFORMS)))
 
 
 def seed_noise(seed: int, images_seen: int, rank: int, attempt: int = 0) -> None:

@@ -359,6 +359,8 @@ ZERO_READS = {"_local_scalar_dense": 2}
         (["engine.micro_batch_size=4", "encoder_optimizer.clip_grad_norm=1.0"], {}),
         (["objective.augment=[color]", "engine.precision=bfloat16"], {}),
         (["objective.name=intro_vae"], {}),
+        (["objective.name=bootstrap"], {}),
+        (["engine.recompute_from_pixels=8", "engine.shared_forward=false"], {}),
         ([STYLE, LEVELS % "", "objective.style_mixing=0.9"], {}),
         (["engine.zero_stage=1"], ZERO_READS),
         (["engine.zero_stage=2"], ZERO_READS),
