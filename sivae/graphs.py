@@ -80,7 +80,7 @@ class SharedGraphs(BriefGraphs):
             kept = 1 - norm.momentum
             moves.append((norm, norm.running_mean - kept * mean, norm.running_var - kept * var))
         self._moves.append(moves)
-        return _Kept.apply(z, (leaf, image)), image
+        return _Kept.apply(z, (leaf, image, self.decoder)), image
 
     @torch.no_grad()
     def begin_decoder_phase(self) -> None:
@@ -112,11 +112,15 @@ class _Kept(torch.autograd.Function):
     """An image computed from a leaf equal to z, as a function of z; its graph lives on after the backward pass."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, computed: tuple[Tensor, Tensor]) -> Tensor:
-        ctx.leaf, ctx.image = computed
+    def forward(ctx, z: Tensor, computed: tuple[Tensor, Tensor, nn.Module]) -> Tensor:
+        ctx.leaf, ctx.image, ctx.decoder = computed
         return ctx.image.detach()
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        # By z alone: the decoder's weights get nothing in this phase.
-        return *torch.autograd.grad(ctx.image, ctx.leaf, gradient, retain_graph=True), None
+        # By z alone: the decoder's weights get nothing in this phase. What is computed again here must be as it was the first
+        # time, so they are free meanwhile.
+        ctx.decoder.requires_grad_(True)
+        found = torch.autograd.grad(ctx.image, ctx.leaf, gradient, retain_graph=True)
+        ctx.decoder.requires_grad_(False)
+        return *found, None

@@ -56,10 +56,11 @@ def run(objective, networks, graphs, x, draws, labels=None):
     assert all(parameter.grad is None for parameter in decoder.parameters())
     graphs.begin_decoder_phase()
     freeze(trained=decoder, frozen=encoder)
-    ours = [parameter.grad.clone() for parameter in encoder.parameters()]
+    ours = [None if parameter.grad is None else parameter.grad.clone() for parameter in encoder.parameters()]
     second = objective.decoder_phase(encoder, decoder, x, first.z, draws, images=first.images, **options)
     second.loss.backward()
-    assert all(torch.equal(parameter.grad, before) for parameter, before in zip(encoder.parameters(), ours))
+    for parameter, before in zip(encoder.parameters(), ours):
+        assert parameter.grad is before is None or torch.equal(parameter.grad, before)
     gradients = ours + [parameter.grad for parameter in decoder.parameters()]
     buffers = [buffer.clone() for network in (encoder, decoder) for buffer in network.buffers()]
     return first.terms | second.terms, gradients, buffers

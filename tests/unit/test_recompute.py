@@ -10,10 +10,13 @@ import torch
 from sivae import config, distributed, models, objectives, randomness
 from sivae.config import parse_model
 from sivae.engines import Engine
+from sivae.graphs import BriefGraphs, Graphs, SharedGraphs
 from sivae.models import recompute
+from sivae.objectives import Draws
 from sivae.state import TrainingState
 from sivae.step import FiniteGate, Pass, train_step
 from tests.processes import ROOT
+from tests.unit.test_graphs import run
 
 MODELS = {
     "conv": {"family": "conv", "num_channels": 1, "resolution": 32, "channels": [4, 8, 8], "group_size": 4, "latent_dim": 4},
@@ -122,6 +125,34 @@ def test_a_step_is_the_same_at_every_stage(family, stage):
             states.append([engine.state_dict() for engine in engines])
     for plain, recomputed in zip(*states):
         assert all(torch.equal(recomputed[name], value) for name, value in plain.items())
+
+
+@pytest.mark.parametrize(
+    "family, kind",
+    [
+        *((family, BriefGraphs) for family in MODELS),
+        *((family, SharedGraphs) for family in MODELS if family != "style"),
+    ],
+)
+def test_gradients_are_the_same_however_graphs_are_kept(family, kind):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 1, 32, 32, generator=generator)
+    draws = Draws(*(torch.randn(2, 4, generator=generator) for _ in Draws.names()))
+    objective = objectives.build("soft_intro_vae", num_values=32**2, gamma_r=0.5)
+    found = []
+    for from_pixels, chosen in ((None, Graphs), (1, kind)):
+        networks, _ = build(family, from_pixels)
+        torch.manual_seed(0)  # the noise
+        graphs = Graphs() if chosen is Graphs else kind(*networks)
+        found.append(run(objective, (*networks, None), graphs, x, draws))
+    (terms, gradients, _), (again, same, _) = found
+    assert all(torch.allclose(again[name], value, rtol=1e-5) for name, value in terms.items())
+    assert len(gradients) == len(same) > 20
+    for gradient, other in zip(gradients, same):
+        assert (gradient is None) == (other is None)
+        assert gradient is None or torch.allclose(
+            gradient, other, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()) + 1e-9
+        )
 
 
 def test_the_setting_reaches_both_networks():
