@@ -213,6 +213,8 @@ def build(kind: str, settings: Config, batch_size: int, group: Group) -> Ours | 
 def seconds(step: Callable[[], Any], num_steps: int, device: torch.device) -> float:
     """Of one step, over `num_steps`: of the clock on a GPU, of the processor's time on a CPU, which others may be using too."""
     now = time.process_time if device.type == "cpu" else time.perf_counter
+    if device.type == "cuda":
+        step()  # its memory was given back to the device after the last question
     _wait(device)
     start = now()
     for _ in range(num_steps):
