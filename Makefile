@@ -1,5 +1,6 @@
 # make demo   trains on handwritten digits and prints where the picture is (about 5 minutes)
-# make test   runs the tests, two at a time; JOBS=4 for more
+# make test   runs the tests: those of launch/ by themselves, for their Ray and Slurm tell the dead by the time they take to
+#             answer; then all others, two files at a time (JOBS=4 for more)
 # Both set up all they need in .venv first: a virtual environment with the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -12,7 +13,10 @@ demo: .venv/ready
 	$(BIN)/sivae train configs/digits.yaml
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --no-loadscope-reorder
+	failed=0; \
+	$(BIN)/python -m pytest -m "not slow" tests/launch || failed=1; \
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/launch -n $(JOBS) --dist loadfile || failed=1; \
+	exit $$failed
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -11,21 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Under `-n 2` the tests of a file stay together, for they share what they set up, and so do all of launch/, which share the
-    machine's one Ray and one Slurm."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "launch" if nodeid.startswith("tests/launch/") else nodeid.partition("::")[0]
-
-    return ByFile(config, log)
-
-
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.parent.name != "launch")  # these take longest, so they come first
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -104,12 +104,13 @@ def ray_head(tmp_path_factory, *options: str, port: int | None = None, **variabl
             command, env=environment() | own | variables, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT
         )
     try:
-        for _ in range(600):
+        deadline = time.monotonic() + LIMIT_SEC
+        while True:
             try:
                 socket.create_connection(("127.0.0.1", dashboard), timeout=0.1).close()
                 break
             except OSError:
-                assert process.poll() is None, log.read_text()
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)
         yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
     finally:
