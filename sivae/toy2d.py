@@ -324,5 +324,10 @@ def _lasting(tree: dict[str, Any]) -> dict[str, Any]:
     objective = {
         f"objectives.{tree['method']}.{key}": value for key, value in tree["objectives"][tree["method"]].items()
     }
-    kept = {"run.seeds": tree["run"]["seeds"], "density": tree["density"], "method": tree["method"]}
+    kept = {
+        "run.seeds": tree["run"]["seeds"],
+        "run.precision": tree["run"]["precision"],
+        "density": tree["density"],
+        "method": tree["method"],
+    }
     return kept | schedule | model | objective

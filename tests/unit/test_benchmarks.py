@@ -131,3 +131,16 @@ def test_the_2d_table_says_where_soft_intro_vae_falls_short_and_what_real_points
     assert "KL 0.25 times that of VAE;" in said
     assert "KL 0.62 times that of VAE, beta_rec 1, beta_kl 0.05 (**falls short**; real points: 0.25)" in said
     assert "KL 1.2 times that of IntroVAE (**falls short**; real points: 0.5)" in said
+    assert said.endswith("; 1 of 1 seeds finite.")
+
+
+def test_the_2d_table_says_which_seeds_are_finite_and_cover_every_mode():
+    def seed(modes, on_mode, finite=True):
+        return {"finite": finite, "modes": modes, "num_modes": 8, "on_mode": on_mode}
+
+    whole, fewer, blurred, broken = seed(8, 0.97), seed(7, 0.97), seed(8, 0.03), seed(None, None, finite=False)
+    assert toy2d.coverage([whole, whole]) == ["2 of 2 seeds finite", "every mode covered by 2 of 2"]
+    short = " (**falls short**)"
+    for other in (fewer, blurred):
+        assert toy2d.coverage([whole, other]) == ["2 of 2 seeds finite", f"every mode covered by 1 of 2{short}"]
+    assert toy2d.coverage([whole, broken]) == [f"1 of 2 seeds finite{short}", f"every mode covered by 1 of 2{short}"]

@@ -282,7 +282,7 @@ def test_a_directory_of_another_run_is_refused(tmp_path):
     before = (folder / "config.yaml").read_text()
     for override, told in {
         "run.seeds=[2]": r"another run.seeds \(\[1, 4\]\)", "density=rings": "another density \\('8gaussians'\\)",
-        "method=vae": "another method", "model.num_hidden=8": "another model.num_hidden",
+        "method=vae": "another method", "run.precision=bfloat16": "another run.precision", "model.num_hidden=8": "another model.num_hidden",
         "schedule.batch_size=32": "another schedule.batch_size",
         "objectives.soft_intro_vae.beta_neg=0.1": "another objectives.soft_intro_vae.beta_neg",
     }.items():  # fmt: skip
