@@ -350,21 +350,26 @@ class Evaluation:
 
     # What both need
 
-    def _check_model(self, model: Model) -> None:
+    def check(self, settings: dict[str, Any]) -> None:
+        """Raises UserError when no model of these settings can be judged so."""
         protocol, index = self.protocol, self.stream.index
-        shape = (index.num_channels, self.stream.resolution, self.stream.resolution)
-        if model.sample_shape != shape:
-            raise UserError(f"the model makes images of shape {model.sample_shape}, and the real ones have {shape}")
-        if protocol.mode == "train" and model.settings.get("norm") != "batch":
+        if protocol.mode == "train" and settings.get("norm") != "batch":
             raise UserError("mode: train is for models with BatchNorm (model.norm=batch); this has none")
-        if protocol.truncation != 1 and model.settings["family"] != "style":
-            raise UserError(f"truncation: only the style family has it, not {model.settings['family']}")
-        if model.num_classes and any(figure.detector is None for figure in self.figures):
-            if (index.num_classes or 0) != model.num_classes:
+        if protocol.truncation != 1 and settings["family"] != "style":
+            raise UserError(f"truncation: only the style family has it, not {settings['family']}")
+        num_classes = settings.get("num_classes", 0)
+        if num_classes and any(figure.detector is None for figure in self.figures):
+            if (index.num_classes or 0) != num_classes:
                 raise UserError(
-                    f"reconstructions of this model need the labels of its {model.num_classes} classes; {self.stream.where}"
+                    f"reconstructions of this model need the labels of its {num_classes} classes; {self.stream.where}"
                     f" has {index.num_classes or 'no'} classes"
                 )
+
+    def _check_model(self, model: Model) -> None:
+        shape = (self.stream.index.num_channels, self.stream.resolution, self.stream.resolution)
+        if model.sample_shape != shape:
+            raise UserError(f"the model makes images of shape {model.sample_shape}, and the real ones have {shape}")
+        self.check(model.settings)
 
     def _refuse_nonfinite(self, bad: Tensor, what: str) -> None:
         count = int(self.group.sum(bad).item())

@@ -7,6 +7,7 @@ that a run killed between the checkpoint and the pointer finds its best again.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -41,13 +42,18 @@ class Evaluator:
                 progress=group.is_main,
             )
         )  # fmt: skip
-        protocol = Protocol(
-            tuple(evaluate.metrics), evaluate.num_fakes, evaluate.num_reals, batch_size=evaluate.batch_size
-        )
+        names = tuple(evaluate.metrics)
+        if evaluate.protocol == "published":
+            protocol = Protocol.published(names, model.model_dump(), len(stream))
+        else:
+            fields = ("num_fakes", "num_reals", "batch_size", "truncation", "truncation_layers", "mode")
+            protocol = Protocol(names, **{field: getattr(evaluate, field) for field in fields})
+        protocol = replace(protocol, seed=evaluate.seed)
         self.evaluation = Evaluation(
             stream, protocol, group, detectors=evaluate.detectors, lpips=evaluate.lpips,
             statistics=real_statistics.default_folder(data.cache_dir), cache_dir=data.cache_dir, progress=False,
         )  # fmt: skip
+        group.together(lambda: self.evaluation.check(model.model_dump()))
         self.decides = self.evaluation.figures[0]
 
     def due(self, images_seen: int, batch_size: int, last: bool) -> bool:

@@ -241,6 +241,25 @@ class EvaluateSettings(Section):
     """TorchScript file of LPIPS, likewise."""
     batch_size: int = Field(64, gt=0)
     """Images judged at a time."""
+    seed: int = Field(0, ge=0)
+    """Of the samples, and of the subsets of a kernel distance."""
+    truncation: float = Field(1.0, ge=0)
+    """Psi, of a style model; 1 is none."""
+    truncation_layers: int | None = Field(None, ge=0)
+    """Truncate in the first so many layers only; None in all."""
+    mode: Literal["eval", "train"] = "eval"
+    """BatchNorm with its running averages, or with the statistics of each batch."""
+    protocol: Literal["published"] | None = None
+    """Judge as the paper's figures were made, as `sivae evaluate --protocol` does. It fixes num_fakes, num_reals, batch_size,
+    truncation, truncation_layers and mode."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        fixed = ("num_fakes", "num_reals", "batch_size", "truncation", "truncation_layers", "mode")
+        given = [name for name in fixed if getattr(self, name) != type(self).model_fields[name].default]
+        if self.protocol is not None and given:
+            raise ValueError(f"{given[0]}: the {self.protocol} protocol fixes it; leave one of the two out")
+        return self
 
 
 class Config(Section):

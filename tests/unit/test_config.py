@@ -137,6 +137,7 @@ WRONG = [
     (["run.seed=99999999999999999999"], "run.seed: ", "less than 9223372036854775808"),
     (["encoder_optimizer.betas=[0.5]"], "encoder_optimizer.betas: ", "at least 2 items"),
     (["encoder_optimizer.betas=[0.5, 1.0]"], "encoder_optimizer.betas: ", "[0, 1)"),
+    (["evaluate.protocol=published", "evaluate.num_fakes=9"], "evaluate.num_fakes: ", "the published protocol fixes it"),
     (["engine.zero_stage=4"], "engine.zero_stage: ", "0, 1, 2 or 3, not 4"),
     (["model.norm=instance"], "model.norm: ", "'batch', 'group', 'layer', 'pixel' or 'none', not 'instance'"),
     (["model.family=vit"], "model.family: ", "'mlp', 'conv'"),

@@ -70,6 +70,37 @@ def test_the_figures_are_those_of_the_averaged_weights(train, cache_dir):
     assert again == {name: held[64][f"evaluate/{name}"] for name in again}
 
 
+def test_a_run_is_judged_as_the_command_would_judge_it(train, cache_dir, monkeypatch):
+    often = [
+        "evaluate.metrics=[frechet_pixels]",
+        "schedule.total_images=64",
+        "model.norm=batch",
+        "evaluate.every_images=64",
+    ]
+    stream = open_stream("digits:", resolution=16, batch_size=1, cache_dir=cache_dir)
+
+    def held():
+        (file,) = (train.folder / "evaluations").iterdir()
+        found = json.loads(file.read_text())
+        file.unlink()
+        return found
+
+    train(*often, "evaluate.num_fakes=300", "evaluate.mode=train", "evaluate.seed=3", "evaluate.batch_size=50")
+    evaluation = Evaluation(
+        stream, Protocol(("frechet_pixels",), 300, seed=3, mode="train", batch_size=50), ALONE, progress=False
+    )
+    found = held()
+    assert found["figures"] == pytest.approx(evaluation.run(sivae.load(str(train.folder))), rel=1e-9)
+    kept = found["protocol"]
+    assert (kept["mode"], kept["fakes"]["seed"], kept["batch_size"], kept["weights"]) == ("train", 3, 50, "average")
+    # As published, but for the number of samples
+    monkeypatch.setattr("sivae.evaluate.PUBLISHED_IMAGES", 300)
+    train(*often, "evaluate.protocol=published", "schedule.total_images=128", "ema.halflife_images=0")
+    kept = held()["protocol"]
+    assert (kept["name"], kept["mode"], kept["batch_size"], kept["weights"]) == ("published", "train", 32, "plain")
+    assert kept["uint8"] == "rounded down" and kept["fakes"]["count"] == 300
+
+
 def test_the_best_checkpoint_stays(train):
     train(values=[5.0, 3.0, 4.0, 6.0, 7.0])
     assert names(train.folder) == ["000000000064", "000000000160"]
@@ -127,6 +158,8 @@ def test_another_deciding_figure_starts_anew(train):
         ("evaluate.metrics=[ms_ssim]", "needs images of at least 176 pixels"),
         ("evaluate.split=test", "there is no split 'test'"),
         ("evaluate.num_reals=5000", "has 1,797"),
+        ("evaluate.mode=train", "mode: train is for models with BatchNorm"),
+        ("evaluate.truncation=0.7", "truncation: only the style family has it, not conv"),
     ],
 )
 def test_what_cannot_be_judged_is_said_before_training(train, override, sentence):
