@@ -377,13 +377,18 @@ def main(arguments: list[str] | None = None) -> int:
             where = f" (rank {rank})" if rank else ""
             print(f"sivae: error{where}: {error}", file=sys.stderr)
         return EXIT_ERROR
-    except MemoryError as error:
-        if options.debug:
+    except (MemoryError, RuntimeError) as error:
+        # A GPU's is a RuntimeError of torch, which is imported by the commands that can meet it.
+        of_device = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+        if options.debug or not isinstance(error, (MemoryError, of_device)):
             raise
-        print(
-            f"sivae: error: out of memory ({error}); lower engine.micro_batch_size, or raise engine.zero_stage",
-            file=sys.stderr,
+        said = str(error).split(". ")[0]
+        advice = (
+            "lower engine.micro_batch_size, or raise engine.zero_stage"
+            if options.command == "train"
+            else "take fewer images at a time, or --device cpu"
         )
+        print(f"sivae: error: out of memory ({said}); {advice}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("sivae: stopped", file=sys.stderr)

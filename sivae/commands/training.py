@@ -7,8 +7,6 @@ import json
 import os
 import sys
 
-import torch
-
 from sivae import config
 from sivae.cli import EXIT_INTERRUPTED
 from sivae.errors import UserError
@@ -20,10 +18,7 @@ def train(options: argparse.Namespace) -> int:
     settings = config.load(options.config, options.overrides)
     if options.profile_steps < 1:
         raise UserError(f"--profile-steps: {options.profile_steps} is not a number of steps")
-    try:
-        result = trainer.train(settings, profile_steps=options.profile_steps if options.profile else None)
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(str(error).split(".")[0]) from error
+    result = trainer.train(settings, profile_steps=options.profile_steps if options.profile else None)
     if int(os.environ.get("RANK", 0)) == 0 and options.profile:
         print(result.profile or "", end="")
     elif int(os.environ.get("RANK", 0)) == 0:

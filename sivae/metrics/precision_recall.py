@@ -2,7 +2,7 @@
 
 Sources: Kynkäänniemi et al., arXiv 1904.06991 (precision and recall, k = 3); Naeem et al., arXiv 2002.09797 (density and
 coverage, k = 5). Both take the balls around the points of a set, each as large as the distance to its k-th neighbour there,
-for the set's manifold. Distances are Euclidean, in float64, in blocks of rows: memory is bounded by the features themselves.
+for the set's manifold. Distances are Euclidean, in float64, in blocks of rows of at most BLOCK_BYTES.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 2048  # rows of a block of distances
+BLOCK_BYTES = 2**28  # of distances, which are there twice at most
 PR_NEIGHBOURS, DC_NEIGHBOURS = 3, 5
 
 
@@ -53,10 +53,11 @@ def _blocks(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(number of the first row, squared distances [rows of a block, N]), float64."""
     columns = columns.double()
     norms = columns.square().sum(dim=1)
-    for first in range(0, len(rows), BLOCK):
-        block = rows[first : first + BLOCK].double()
+    count = max(1, BLOCK_BYTES // (8 * len(columns)))
+    for first in range(0, len(rows), count):
+        block = rows[first : first + count].double()
         # |a - b|^2 without the differences, which would take D times the memory; rounding can make it negative.
-        squares = block.square().sum(dim=1)[:, None] + norms - 2 * block @ columns.T
+        squares = torch.addmm(norms, block, columns.T, alpha=-2).add_(block.square().sum(dim=1, keepdim=True))
         yield first, squares.clamp_(min=0)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sivae
-from sivae import inference
+from sivae import commands, inference
 from sivae.cli import main
 from sivae.config import parse_model
 from sivae.data.pack import pack
@@ -381,3 +381,29 @@ def test_only_rank_0_prints_what_all_ranks_found(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert main(["export", "nowhere", "x"]) == 1
     assert capsys.readouterr().err.startswith("sivae: error (rank 1): nowhere")  # not known to be shared
+
+
+@pytest.mark.parametrize(
+    "command, advice", [("train", "micro_batch_size"), ("evaluate", "take fewer images at a time")]
+)
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+def test_memory_that_ran_out_is_one_sentence(monkeypatch, capsys, command, advice, kind):
+    monkeypatch.setenv("SIVAE_DEBUG", "")
+    def ends(options):
+        raise kind("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139 GiB")
+
+    monkeypatch.setitem(commands.COMMANDS, command, ends)
+    arguments = {"train": ["x.yaml"], "evaluate": ["model", "--data", "set", "--metrics", "mse"]}[command]
+    told = failed([command, *arguments], capsys)
+    assert "(CUDA out of memory); " in told and advice in told
+    with pytest.raises(kind):
+        main([command, *arguments, "--debug"])
+
+
+def test_a_fault_of_the_program_is_not_taken_for_memory(monkeypatch):
+    def ends(options):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setitem(commands.COMMANDS, "train", ends)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["train", "x.yaml"])

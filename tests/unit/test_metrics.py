@@ -125,7 +125,7 @@ def naive(real, fake, k):
 
 @pytest.mark.parametrize("shift", [0.0, 1.0, 3.0])
 def test_of_shifted_sets(shift, monkeypatch):
-    monkeypatch.setattr("sivae.metrics.precision_recall.BLOCK", 17)  # many blocks, the last one smaller
+    monkeypatch.setattr("sivae.metrics.precision_recall.BLOCK_BYTES", 17 * 8 * 100)  # many blocks, the last one smaller
     real, fake = normal(100, 3), normal(80, 3, seed=1) + shift
     expected = naive(real, fake, 3)
     assert precision_recall(real, fake) == pytest.approx(expected[:2], abs=1e-12)
