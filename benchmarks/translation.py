@@ -1,7 +1,7 @@
 """Image translation on drawn shapes, whose true translations are known. Prints a table, writes it and a picture.
 
     python benchmarks/translation.py [--output benchmarks/results] [--config configs/shapes_translation.yaml] [--seeds 0 1 2]
-                                     [--images N]
+                                     [--images N] [--lpips FILE]
 
 Both rows of models are runs of `sivae train` on the config: with its objective, and as a VAE (same networks, data, draws,
 optimizers, beta_rec and beta_kl). Judged from saved checkpoints on the split `test`, of which training saw every class and
@@ -24,7 +24,10 @@ import sivae
 from sivae import config, images, trainer
 from sivae.data.sources import open_source
 from sivae.data.sources.shapes import NUM_CONTENTS
+from sivae.images import to_float
 from sivae.inference import Model
+from sivae.metrics import features
+from sivae.metrics.features import Lpips
 
 ROWS = 8  # images on each side of the picture
 
@@ -49,11 +52,17 @@ class Pairs:
         squares = ((found.float() - self.true.float()) / 255).square().flatten(2).mean(dim=2)
         return squares[self.both_differ].mean().item()
 
-    def judge(self, model: Model) -> tuple[float, float]:
-        """Error of the translations, and of the reconstructions."""
+    def distance(self, found: Tensor, lpips: Lpips) -> float:
+        """Mean perceptual distance over the same pairs."""
+        pairs = (to_float(cells.expand_as(self.true)[self.both_differ]).split(64) for cells in (found, self.true))
+        return torch.cat([lpips(*parts) for parts in zip(*pairs)]).mean().item()
+
+    def judge(self, model: Model, lpips: Lpips | None) -> tuple[float, float, float | None]:
+        """Error of the translations and of the reconstructions, and the translations' perceptual distance."""
         again = model.to_uint8(model.reconstruct(self.images))
         error = ((again.float() - self.images.float()) / 255).square().mean().item()
-        return self.error(model.to_uint8(model.translate(self.images, self.images))), error
+        found = model.to_uint8(model.translate(self.images, self.images))
+        return self.error(found), error, lpips and self.distance(found, lpips)
 
     def tiles(self, cells: Tensor) -> Tensor:
         """The corner of a table of all pairs, with its contents at the left and classes at the top."""
@@ -75,20 +84,24 @@ def main() -> None:
     parser.add_argument("--config", default="configs/shapes_translation.yaml")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--images", type=int, help="length of the runs; the config's when not given")
+    parser.add_argument("--lpips", metavar="FILE", help="TorchScript file of LPIPS, for a column of it")
     parser.add_argument("--count", type=int, default=48, help="test images that are paired with each other")
     options = parser.parse_args()
     length = [f"schedule.total_images={options.images}"] if options.images else []
     base = config.load(options.config, length)
     total, part = base.schedule.total_images, base.schedule.total_images // 4
     pairs = Pairs(base.model.resolution, options.count)
+    lpips = features.open_lpips(options.lpips, base.model.resolution) if options.lpips else None
+    more = f" --seeds {' '.join(map(str, options.seeds))}" + (f" --images {options.images}" if options.images else "")
     lines = [
         f"# Translation: {time.strftime('%Y-%m-%d')}, {machine()}, torch {torch.__version__}",
         "",
-        f"`python benchmarks/translation.py{f' --images {options.images}' if options.images else ''}`: {options.config}, {total:,} images,"
+        f"`python benchmarks/translation.py{more}`: {options.config}, {total:,} images,"
         f" {int(pairs.both_differ.sum()):,} pairs. Error: mean squared, values in [0, 1].",
         "",
-        "| | seed | error of translation after 1/4, 1/2, 3/4 and all of the run | error of reconstruction | process seconds |",
-        "|---|---|---|---|---|",
+        "| | seed | error of translation after 1/4, 1/2, 3/4 and all of the run | error of reconstruction | LPIPS of translation"
+        " | process seconds |",
+        "|---|---|---|---|---|---|",
     ]
     grids = {"true (rows: content, columns: class)": pairs.tiles(pairs.true)}
     output = Path(options.output)
@@ -105,7 +118,8 @@ def main() -> None:
     print("\n".join(lines))
     copies = {"copying the content's image": pairs.images[:, None], "copying the class's image": pairs.images[None]}
     for name, copy in copies.items():
-        add(f"| {name} | | {pairs.error(copy.expand_as(pairs.true)):.5f} | | |")
+        far = f"{pairs.distance(copy, lpips):.4f}" if lpips else ""
+        add(f"| {name} | | {pairs.error(copy.expand_as(pairs.true)):.5f} | | {far} | |")
     for seed in options.seeds:
         for name, change in {"VAE": as_vae, base.objective.name: lambda settings: settings}.items():
             with tempfile.TemporaryDirectory() as folder:
@@ -118,12 +132,13 @@ def main() -> None:
                 seconds = time.process_time() - start
                 checkpoints = sorted((Path(folder) / "checkpoints").iterdir())
                 found = [sivae.load(str(path)) for path in checkpoints]
-                judged = [pairs.judge(model) for model in found]
+                judged = [pairs.judge(model, lpips) for model in found]
                 if seed == options.seeds[0]:
                     cells = found[-1].translate(pairs.images[:ROWS], pairs.images[:ROWS])
                     grids[name] = pairs.tiles(found[-1].to_uint8(cells))
-                errors = " / ".join(f"{error:.5f}" for error, _ in judged)
-                add(f"| {name} | {seed} | {errors} | {judged[-1][1]:.5f} | {seconds:.0f} |")
+                errors = " / ".join(f"{error:.5f}" for error, _, _ in judged)
+                far = f"{judged[-1][2]:.4f}" if lpips else "no weights"
+                add(f"| {name} | {seed} | {errors} | {judged[-1][1]:.5f} | {far} | {seconds:.0f} |")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,11 @@ class Evaluation:
                         " take a detector such as inception"
                     )
                 figure.check_images(self.protocol.num_reals, self.protocol.num_fakes, dim)
-        self.lpips = self._open_lpips(lpips, cache_dir)
+        self.lpips = None
+        if any(figure.kind == "lpips" for figure in self.figures):
+            if lpips is None:
+                raise UserError("lpips: needs its weights; give a TorchScript file of them with --lpips PATH_OR_URL")
+            self.lpips = features.open_lpips(lpips, self.stream.resolution, self.group.device, cache_dir)
 
     def describe(self) -> dict[str, Any]:
         """The whole protocol as plain JSON: what figures must share to be compared."""
@@ -139,12 +143,13 @@ class Evaluation:
                 "digest": stream.digest, "split": list(stream.index.splits), "count": fields["num_reals"], "of": len(stream),
                 "resolution": stream.resolution,
             },
-            "fakes": {name: fields[name] for name in ("seed", "truncation", "truncation_layers")}
-            | {"count": fields["num_fakes"], "labels": "classes in turn"},
             "uint8": f"rounded {'to the nearest' if fields['rounding'] == 'nearest' else 'down'}",
             "mode": fields["mode"], "batch_size": fields["batch_size"],
             "detectors": [detector.protocol for detector in self.detectors.values()],
         }  # fmt: skip
+        if self.detectors:
+            described["fakes"] = {name: fields[name] for name in ("seed", "truncation", "truncation_layers")}
+            described["fakes"] |= {"count": fields["num_fakes"], "labels": "classes in turn"}
         if "kernel" in kinds:
             described["kernel"] = {"subsets": kid.NUM_SUBSETS, "subset_size": kid.SUBSET_SIZE, "degree": 3}
         if kinds & {"precision", "recall"}:
@@ -152,7 +157,7 @@ class Evaluation:
         if kinds & {"density", "coverage"}:
             described["density_coverage_neighbours"] = precision_recall.DC_NEIGHBOURS
         if self.lpips is not None:
-            described["lpips"] = {"sha256": self.lpips[1]}
+            described["lpips"] = {"sha256": self.lpips.sha256}
         return described
 
     @torch.no_grad()
@@ -325,28 +330,7 @@ class Evaluation:
     def _reconstruction(self, kind: str, real: Tensor, again: Tensor) -> Tensor:
         if kind != "lpips":
             return getattr(reconstruction, kind)(real, again)
-        pair = (image.expand(-1, 3, -1, -1) * 2 - 1 for image in (real, again))
-        return self.lpips[0](*pair).reshape(len(real))
-
-    def _open_lpips(self, location: str | None, cache_dir: str | None) -> tuple[Any, str] | None:
-        if not any(figure.kind == "lpips" for figure in self.figures):
-            return None
-        if location is None:
-            raise UserError("lpips: needs its weights; give a TorchScript file of them with --lpips PATH_OR_URL")
-        place, _, expected = location.partition("#")
-        path, digest = features.fetch(place, expected.removeprefix("sha256=").lower() or None, "lpips", cache_dir)
-        network = features.load_script(path, "lpips", self.group.device)
-        blank = torch.zeros(2, 3, self.stream.resolution, self.stream.resolution, device=self.group.device)
-        try:
-            fits = all(network(blank[:n], blank[:n]).numel() == n for n in (2, 1))
-        except Exception:  # noqa: BLE001 (a file of others can raise anything)
-            fits = False
-        if not fits:
-            raise UserError(
-                f"lpips: {path} does not return a distance for each of two images [2, 3, {self.stream.resolution},"
-                f" {self.stream.resolution}] in [-1, 1]"
-            )
-        return network, digest
+        return self.lpips(real, again)
 
     # What both need
 

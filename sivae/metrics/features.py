@@ -73,6 +73,40 @@ class Detector:
         return features.float()
 
 
+@dataclass(frozen=True)
+class Lpips:
+    """Perceptual distances (Zhang et al., arXiv 1801.03924) by the TorchScript file of this sha256."""
+
+    network: Any
+    sha256: str
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        """Of two batches [B, C, H, W] with values in [0, 1]: [B]."""
+        pair = (images.expand(-1, 3, -1, -1) * 2 - 1 for images in (first, second))
+        with torch.no_grad(), _exact_float32():
+            return self.network(*pair).reshape(len(first))
+
+
+def open_lpips(
+    location: str, resolution: int, device: torch.device | str = "cpu", cache_dir: str | None = None
+) -> Lpips:
+    """location: PATH_OR_URL or PATH_OR_URL#sha256=HEX of a file that takes two batches [B, 3, H, W] in [-1, 1] and returns B
+    distances. Raises UserError as `open_detector` does."""
+    place, _, expected = location.partition("#")
+    path, digest = fetch(place, expected.removeprefix("sha256=").lower() or None, "lpips", cache_dir)
+    network = load_script(path, "lpips", device)
+    blank = torch.zeros(2, 3, resolution, resolution, device=device)
+    try:
+        fits = all(network(blank[:n], blank[:n]).numel() == n for n in (2, 1))
+    except Exception:  # noqa: BLE001 (a file of others can raise anything)
+        fits = False
+    if not fits:
+        raise UserError(
+            f"lpips: {path} does not return a distance for each of two images [2, 3, {resolution}, {resolution}] in [-1, 1]"
+        )
+    return Lpips(network, digest)
+
+
 def open_detector(
     name: str, location: str | None, shape: tuple[int, ...], device: torch.device | str = "cpu", cache_dir: str | None = None
 ) -> Detector:  # fmt: skip

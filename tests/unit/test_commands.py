@@ -389,6 +389,7 @@ def test_only_rank_0_prints_what_all_ranks_found(monkeypatch, capsys):
 @pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
 def test_memory_that_ran_out_is_one_sentence(monkeypatch, capsys, command, advice, kind):
     monkeypatch.setenv("SIVAE_DEBUG", "")
+
     def ends(options):
         raise kind("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139 GiB")
 
