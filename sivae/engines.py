@@ -106,7 +106,6 @@ class Engine:
         self.grad_norm = torch.zeros((), device=group.device)
         # At stage 0 DeepSpeed's clipping would wait for the device, and reduce a norm that all ranks have.
         self.clip_grad_norm = None if zero_stage else clip_grad_norm
-        self._norm_is_new = False
 
     # One phase
 
@@ -132,10 +131,7 @@ class Engine:
                 # torch adds epsilon to the corrected second moment's root.
                 parameters["eps"] = self.eps / math.sqrt(1 - self.beta2**self.num_steps)
         if last and self.clip_grad_norm:
-            if not self._norm_is_new:
-                self.gradient_norm()
-            torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), self.clip_grad_norm, self.grad_norm)
-        self._norm_is_new = False
+            torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), self.clip_grad_norm, self.gradient_norm())
         self.engine.step()
         if last and self.zero_stage:
             norm = self.engine.get_global_grad_norm()
@@ -165,7 +161,6 @@ class Engine:
         self.grad_norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.network.parameters() if p.grad is not None]
         )
-        self._norm_is_new = True
         return self.grad_norm
 
     # The running average

@@ -37,7 +37,7 @@ class Evaluator:
         stream = group.together(
             lambda: open_stream(
                 self.url, split=evaluate.split or data.split, resolution=model.resolution, num_channels=model.num_channels,
-                batch_size=1, random_crop=data.random_crop and evaluate.data is None, cache_dir=data.cache_dir,
+                batch_size=1, random_crop=None if data.random_crop else False, cache_dir=data.cache_dir,
                 cache_bytes=data.cache_bytes, storage_options=data.storage_options, timeout_sec=data.timeout_sec,
                 progress=group.is_main,
             )

@@ -56,6 +56,11 @@ class Model:
         resolution = 4 << self.stage["level"] if self.stage else self.settings["resolution"]
         return (self.settings["num_channels"], resolution, resolution)
 
+    @property
+    def random_crop(self) -> bool | None:
+        """For `open_stream`: a model that was trained on pieces of larger images takes such sets, cut from the middle."""
+        return None if self.info.get("data", {}).get("random_crop") else False
+
     @torch.no_grad()
     def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """mu, logvar of q(z | x), each [B, latent_dim]."""

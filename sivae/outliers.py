@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sivae import __version__
-from sivae.data import ImageStream, open_stream
+from sivae.data import ImageStream
 from sivae.errors import UserError
 from sivae.evaluate import FOLDER
 from sivae.images import to_float
@@ -76,11 +76,6 @@ def score(model: Model, images: Tensor, numbers: range, *, num_samples: int = 16
         "importance_weighted": math.log(num_samples) - torch.stack(logs).logsumexp(dim=0),
     }
     return {name: value.cpu().numpy() for name, value in found.items()}
-
-
-def open_set(url: str, split: str, model: Model) -> ImageStream:
-    channels, resolution, _ = model.sample_shape
-    return open_stream(url, split=split, resolution=resolution, num_channels=channels, batch_size=1)
 
 
 def check_sets(inliers: ImageStream, outliers: ImageStream, count: int | None) -> None:

@@ -416,7 +416,10 @@ class Trainer:
         return {
             "images_seen": self.images_seen, "attempt": self.attempt, "negative_gaps": self.gap.num_negative, "substituted": self.substitutes.count,
             "model": settings.model.model_dump(mode="json"), "objective": settings.objective.model_dump(mode="json"), "seed": settings.run.seed,
-            "data": {"url": shown(settings.data.url), "digest": self.levels.streams[-1].digest}, "version": __version__,
+            "data": {
+                "url": shown(settings.data.url), "digest": self.levels.streams[-1].digest, "random_crop": settings.data.random_crop,
+            },
+            "version": __version__,
             "resolution": self.levels.resolution, "stage": self.levels.stage, "averaged": settings.ema.halflife_images > 0,
             "evaluation": self.evaluator.at(self.images_seen),
         }  # fmt: skip

@@ -51,7 +51,8 @@ def open_images(source: str, model: inference.Model) -> Sequence[Sample] | Image
     if source.lower().endswith(IMAGE_SUFFIXES):
         return [_read_file(source)]
     if source not in DRAWN and Folder(source).exists("index.json"):
-        return ImageStream(source, batch_size=1, resolution=resolution, num_channels=channels)
+        fitting = {"resolution": resolution, "num_channels": channels, "random_crop": model.random_crop}
+        return ImageStream(source, batch_size=1, **fitting)
     return open_source(source, resolution=resolution)
 
 
@@ -79,7 +80,8 @@ def open_set(url: str, split: str, model: inference.Model, progress: bool = True
 
     require(len(model.sample_shape) == 3, "this model is not one of images")
     channels, resolution, _ = model.sample_shape
-    return open_stream(url, split=split, resolution=resolution, num_channels=channels, batch_size=1, progress=progress)
+    fitting = {"resolution": resolution, "num_channels": channels, "random_crop": model.random_crop}
+    return open_stream(url, split=split, batch_size=1, progress=progress, **fitting)
 
 
 def _read_file(path: str) -> Sample:

@@ -6,14 +6,13 @@ import argparse
 import dataclasses
 
 from sivae import inference
-from sivae.commands.files import load_model, read_images, require, split_path
-from sivae.errors import UserError, require_matplotlib, shown
+from sivae.commands.files import load_model, open_set, read_images, require, split_path
+from sivae.errors import require_matplotlib, shown
 from sivae.storage import Folder
 
 
 def evaluate(options: argparse.Namespace) -> None:
     from sivae import distributed, real_statistics
-    from sivae.data import open_stream
     from sivae.evaluate import Evaluation, Protocol, write
 
     names = ("num_fakes", "num_reals", "seed", "truncation", "truncation_layers", "mode", "batch_size")
@@ -28,11 +27,7 @@ def evaluate(options: argparse.Namespace) -> None:
     require(all(detectors.values()), "--detector: is written NAME=FILE, for example dinov2=dinov2-vitl14.pt")
     with distributed.join(options.device) as group:
         model = group.together(lambda: inference.load(options.model, device=group.device, weights=options.weights))
-        if len(model.sample_shape) != 3:
-            raise UserError("this model is not one of images", shared=True)
-        channels, resolution, _ = model.sample_shape
-        reading = {"split": options.split, "resolution": resolution, "num_channels": channels, "batch_size": 1}
-        stream = group.together(lambda: open_stream(options.data, **reading, progress=group.is_main))
+        stream = group.together(lambda: open_set(options.data, options.split, model, progress=group.is_main))
         metrics = tuple(options.metrics.split(","))
         if options.protocol:
             protocol = Protocol.published(metrics, model.settings, len(stream))
@@ -79,7 +74,7 @@ def ood(options: argparse.Namespace) -> None:
     require_matplotlib("the histograms")
     settings = {"num_samples": options.samples, "seed": options.seed, "count": options.count}
     sets = [(options.inlier, options.inlier_split), (options.outlier, options.outlier_split)]
-    streams = [outliers.open_set(url, split, model) for url, split in sets]
+    streams = [open_set(url, split, model) for url, split in sets]
     outliers.check_sets(*streams, options.count)
     if not model.info.get("objective"):
         print(

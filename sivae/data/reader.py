@@ -59,7 +59,7 @@ class ImageStream:
     ranks. split: one of the index's, or `all`. seed: of order and augmentation. num_workers: processes that read
     ahead; 0 reads in this one, a thread ahead. resolution, num_channels: what the model takes, compared with the
     index; None compares nothing. flip: mirror half of the samples, others in each epoch. random_crop: cut images of
-    `resolution` out of a set that is packed larger, elsewhere in each epoch. on_corrupt: a sample that is damaged in
+    `resolution` out of a set that is packed larger, elsewhere in each epoch; None does so where it is. on_corrupt: a sample that is damaged in
     storage raises, or another one, the same on every run, stands in for it. pin_memory: hand out page-locked tensors;
     without CUDA it does nothing. cache: where remote blocks are kept on this node; None keeps none.
     storage_options: fsspec's. timeout_sec, retries: see Folder; a worker that takes longer than they allow and a
@@ -81,7 +81,7 @@ class ImageStream:
         resolution: int | None = None,
         num_channels: int | None = None,
         flip: bool = False,
-        random_crop: bool = False,
+        random_crop: bool | None = False,
         on_corrupt: Literal["raise", "substitute"] = "raise",
         pin_memory: bool = False,
         cache: BlockCache | None = None,
@@ -108,6 +108,8 @@ class ImageStream:
                 "must lie below the number of ranks, and none may be negative"
             )
         self.resolution = resolution or index.resolution
+        if random_crop is None:
+            random_crop = self.resolution < index.resolution
         if random_crop and self.resolution >= index.resolution:
             raise UserError(
                 f"data.random_crop: {where} is packed at {index.resolution} pixels, so there is nothing to cut images of "

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sivae import real_statistics
+from sivae import inference, real_statistics
 from sivae.cli import main
 from sivae.data import open_stream
 from sivae.errors import UserError
@@ -285,6 +285,23 @@ def test_what_cannot_be_judged_is_one_sentence_and_leaves_nothing(
     told = capsys.readouterr()
     assert sentence in told.err and told.err.startswith("sivae: error: ") and told.err.count("\n") == 1
     assert told.out == "" and sorted(Path(model_path).rglob("*")) == before
+
+
+def test_a_model_of_cut_images_is_judged_on_the_middle_of_larger_ones(tmp_path, capsys):
+    larger = pack_images(tmp_path / "larger", 40, resolution=SIZE + 4)
+    model = make_model()
+    for name, crops in (("cut", True), ("whole", False)):
+        model.info = {"data": {"random_crop": crops}}
+        inference.export(model, str(tmp_path / name))
+    arguments = ["--data", larger, "--metrics", "mse"]
+    assert main(["evaluate", str(tmp_path / "cut"), *arguments]) == 0
+    told = capsys.readouterr().out
+    middle = open_stream(larger, batch_size=1).sample(range(40)).images[:, :, 2:-2, 2:-2]
+    again = to_float(model.to_uint8(model.reconstruct(middle)))
+    assert f"mse {(again - to_float(middle)).square().mean().item():.4g}"[:9] in told
+    assert main(["reconstruct", str(tmp_path / "cut"), larger, "--output", str(tmp_path / "again.png")]) == 0
+    assert main(["evaluate", str(tmp_path / "whole"), *arguments]) == 1
+    assert "is packed at resolution 12 and the model takes 8" in capsys.readouterr().err
 
 
 def test_models_and_sets_that_do_not_fit(data, tmp_path, capsys):
