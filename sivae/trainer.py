@@ -209,8 +209,9 @@ class Trainer:
             self.saver.settle()
         last, levels = self.levels.at(total)[0], self.levels.levels
         if levels[last] is not levels[-1]:
+            judged = "; nor is it judged, for only a grown model is" if self.settings.evaluate.every_images else ""
             self.tracker.note(
-                f"the run ends at {levels[last].resolution} pixels, before its schedule reaches the last level"
+                f"the run ends at {levels[last].resolution} pixels, before its schedule reaches the last level{judged}"
             )
 
     # A step

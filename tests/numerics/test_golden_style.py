@@ -13,6 +13,7 @@ import torch
 
 from sivae import distributed, models, objectives
 from sivae.engines import Engine, freeze
+from sivae.graphs import PLAIN, BriefGraphs
 from sivae.models import published_style
 from sivae.models.style import average_styles
 from sivae.objectives import Draws
@@ -150,24 +151,26 @@ class PublishedAdam:
                 parameter -= size * parameter.grad / (square.sqrt() + EPS)
 
 
-def test_objectives():
+@pytest.mark.parametrize("kind", [None, BriefGraphs])
+def test_objectives(kind):
     golden = Golden(STEPS, "train_init", noise="none")
     networks = {"encoder": golden.encoder, "decoder": golden.decoder}
     encoder, decoder, objective = golden.encoder, golden.decoder, golden.objective
     adams = {name: PublishedAdam(network, golden.hp["lr"]) for name, network in networks.items()}
+    graphs = kind(encoder, decoder) if kind else PLAIN
 
     def step(index):
         x, draws = golden.step(index)
         freeze(trained=encoder, frozen=decoder)
         encoder.zero_grad()
         with average_styles(decoder, [1.0], lambda value: value):
-            first = objective.encoder_phase(encoder, decoder, x, draws)
+            first = objective.encoder_phase(encoder, decoder, x, draws, graphs=graphs)
         first.loss.backward()
         adams["encoder"].step()
         freeze(trained=decoder, frozen=encoder)
         decoder.zero_grad()
         with average_styles(decoder, [1.0], lambda value: value):
-            second = objective.decoder_phase(encoder, decoder, x, first.z, draws)
+            second = objective.decoder_phase(encoder, decoder, x, first.z, draws, graphs=graphs)
         second.loss.backward()
         adams["decoder"].step()
         return first.terms | second.terms
@@ -204,10 +207,10 @@ def make_engines(golden, group, gate, stage, accumulation=1):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_engines(stage):
+@pytest.mark.parametrize("stage, kind", [(0, None), (0, BriefGraphs), (1, BriefGraphs), (2, BriefGraphs), (3, None)])
+def test_engines(stage, kind):
     golden = Golden(STEPS, "train_init", noise="none")
-    lr = golden.hp["lr"]
+    lr, graphs = golden.hp["lr"], kind(golden.encoder, golden.decoder) if kind else PLAIN
     with distributed.join("cpu") as group:
         gate = FiniteGate(group)
         engines = make_engines(golden, group, gate, stage)
@@ -216,7 +219,7 @@ def test_engines(stage):
             x, draws = golden.step(index)
             return train_step(
                 *engines.values(), None, golden.objective, [Pass(x, None, draws)], gate, index,
-                lr_encoder=lr, lr_decoder=lr, ema_decay=0.0,
+                lr_encoder=lr, lr_decoder=lr, ema_decay=0.0, graphs=graphs,
             )  # fmt: skip
 
         def check(index, terms):
