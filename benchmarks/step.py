@@ -19,6 +19,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -199,6 +200,25 @@ def largest_batch(case: Case, contender: Contender, options: argparse.Namespace)
         fits, batch_size = batch_size, 2 * batch_size
 
 
+def start(
+    case: Case, contender: Contender, options: argparse.Namespace, stack: ExitStack
+) -> tuple[Process, dict[str, Any], int]:
+    """A warm contender, what is known of it, and the steps of a round. Raises RuntimeError when it cannot take one."""
+    batch_size = case.batch_size or largest_batch(case, contender, options)
+    process = stack.enter_context(running(case, contender, batch_size, options))
+    process.answer()
+    entry = {"batch_size": batch_size, "sec": [], "switches": contender.switches}
+    begin = time.monotonic()
+    entry |= (
+        {} if "compile" in contender.switches else process.ask("counts")
+    )  # the counters would take a compiled step apart
+    slow = time.monotonic() - begin > 10  # a second warm-up would be long and change little
+    if not slow:
+        process.ask(1)
+    entry |= process.ask("memory")
+    return process, entry, 1 if slow else max(1, round(options.seconds / process.ask(1)))
+
+
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """All contenders of a case, in turns. Times are seconds of a step by contender and round."""
     found: dict[str, Any] = {"contenders": {}, "time": time.strftime("%Y-%m-%d"), "sivae": sivae.__version__, "torch": torch.__version__}  # fmt: skip
@@ -212,20 +232,14 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         peaks.answer()
         processes, num_steps = {}, {}
         for contender in contenders(case, options.switches, options.device):
-            batch_size = case.batch_size or largest_batch(case, contender, options)
-            process = stack.enter_context(running(case, contender, batch_size, options))
-            process.answer()
-            entry = {"batch_size": batch_size, "sec": [], "switches": contender.switches}
-            start = time.monotonic()
-            entry |= (
-                {} if "compile" in contender.switches else process.ask("counts")
-            )  # the counters would take a compiled step apart
-            slow = time.monotonic() - start > 10  # a second warm-up would be long and change little
-            if not slow:
-                process.ask(1)
-            entry |= process.ask("memory")
-            num_steps[contender.name] = 1 if slow else max(1, round(options.seconds / process.ask(1)))
-            processes[contender.name], found["contenders"][contender.name] = process, entry
+            try:
+                ready = start(case, contender, options, stack)
+            except RuntimeError as error:
+                if not processes:  # the first is what the others are compared with
+                    raise
+                print(f"{case.title}: {contender.name}: left out, {error}", file=sys.stderr)
+                continue
+            processes[contender.name], found["contenders"][contender.name], num_steps[contender.name] = ready
             print(f"{case.title}: {contender.name}: ready, {num_steps[contender.name]} steps a round", file=sys.stderr)
         found["peaks"] = []
         for number in range(options.rounds):
@@ -316,14 +330,15 @@ def _ratios(entries: dict[str, Any], first: str, name: str) -> list[float]:
     ]  # fmt: skip
 
 
-def _flops_of(entries: dict[str, Any], compiled: dict[str, Any]) -> int:
-    """Of a compiled step, which cannot be counted: those of one that makes the same passes."""
-    return next(
+def _flops_of(entries: dict[str, Any], compiled: dict[str, Any]) -> float:
+    """Of a compiled step, which cannot be counted: those of one that makes the same passes; NaN where there is none."""
+    same = (
         entry["flops"]
         for name, entry in entries.items()
         if name.startswith("ours + ") or name == "ours"
         if "flops" in entry and ("shared forward" in entry["switches"]) == ("shared forward" in compiled["switches"])
     )
+    return next(same, float("nan"))
 
 
 def _gib(num_bytes: float) -> str:
@@ -381,7 +396,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--log", default="/dev/null", help="where the contenders' own output goes")
+    default_log = Path(tempfile.gettempdir(), "sivae-step.log")
+    parser.add_argument("--log", default=default_log, help=f"where the contenders' own output goes ({default_log})")
     options = parser.parse_args()
     device = pick_device(options.device)
     options.device = device.type
