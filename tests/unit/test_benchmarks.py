@@ -63,6 +63,10 @@ def test_every_switch_alone_all_and_all_but_one():
     for case in step.CASES.values():
         for contender in step.contenders(case, list(step.SWITCHES), "cuda"):
             config.load(f"configs/{case.config}.yaml", [*case.overrides, "engine.zero_stage=0", *contender.settings])
+    # Cases of few contenders too have one that is counted for the compiled one, and it is what a GPU runs by default.
+    found = step.contenders(step.CASES["conv256"], list(step.SWITCHES), "cuda")
+    assert [contender.name for contender in found][-2:] == ["ours + all", "ours + all but compile"]
+    assert set(found[-2].switches) - set(found[-1].switches) == {"compile"}
     # A compiled step cannot be counted; it has the FLOPs of one with the same passes.
     entries = {
         "published": entry([1]) | {"flops": 9}, "ours": entry([1]) | {"flops": 8},
@@ -70,6 +74,7 @@ def test_every_switch_alone_all_and_all_but_one():
     }  # fmt: skip
     assert step._flops_of(entries, {"switches": ["compile", "shared forward"]}) == 7
     assert step._flops_of(entries, {"switches": ["compile"]}) == 8
+    assert math.isnan(step._flops_of({"published": entries["published"]}, {"switches": ["compile"]}))
 
 
 def test_a_term_that_is_missing_or_not_a_number_differs():
