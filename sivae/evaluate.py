@@ -413,19 +413,25 @@ def _count_nonfinite(images: Tensor) -> Tensor:
 
 
 def write(run: Folder, evaluation: Evaluation, figures: dict[str, float], model: Model, data_url: str) -> str:
-    """Keep figures with their protocol under evaluations/ of a run or model. Returns the file's path or URL.
+    """Keep figures with their protocol; see `keep`."""
+    images_seen, group = model.info.get("images_seen"), evaluation.group
+    told = {name: value if abs(value) < float("inf") else str(value) for name, value in figures.items()}
+    known = {"data": data_url, "device": str(group.device), "ranks": group.world_size}
+    prefix = "" if images_seen is None else f"{images_seen:012d}-"
+    return keep(run, prefix, told, evaluation.describe(), model, known)
 
-    The same checkpoint judged again by the same protocol takes the same name.
-    """
-    protocol = evaluation.describe() | {"weights": model.weights or "unknown"}
-    images_seen = model.info.get("images_seen")
-    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"{images_seen:012d}-{key}.json" if images_seen is not None else f"{key}.json"
-    protocol["reals"]["url"] = data_url
+
+def keep(
+    run: Folder, prefix: str, figures: dict[str, Any], protocol: dict[str, Any], model: Model, known: dict[str, Any]
+) -> str:
+    """Keep figures of a model under evaluations/ of its run, with their protocol and what else is known. Returns the file's path or
+    URL. The same model judged again by the same protocol takes the same name."""
+    protocol = protocol | {"weights": model.weights or "unknown"}
+    digest = weights_digest(model)
+    key = hashlib.sha256(json.dumps([protocol, digest], sort_keys=True).encode()).hexdigest()[:8]
     content = {
-        "figures": {name: value if abs(value) < float("inf") else str(value) for name, value in figures.items()},
-        "protocol": protocol, "images_seen": images_seen, "weights_sha256": weights_digest(model), "sivae": __version__, "torch": torch.__version__,
-        "device": str(evaluation.group.device), "ranks": evaluation.group.world_size, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "figures": figures, "protocol": protocol, "images_seen": model.info.get("images_seen"), "weights_sha256": digest,
+        **known, "sivae": __version__, "torch": torch.__version__, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
-    run.write(json.dumps(content, indent=1).encode(), FOLDER, name)
-    return f"{run.url}/{FOLDER}/{name}"
+    run.write(json.dumps(content, indent=1).encode(), FOLDER, f"{prefix}{key}.json")
+    return f"{run.url}/{FOLDER}/{prefix}{key}.json"

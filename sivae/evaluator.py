@@ -75,6 +75,7 @@ class Evaluator:
         value = found[self.decides.name]
         if math.isfinite(value):
             self.judged = images_seen, value
+        model.encoder.cpu(), model.decoder.cpu()  # the background holds only what is in the host's memory
         self.background.submit(lambda: write(self.run_folder, self.evaluation, found, model, shown(self.url)))
         return None
 

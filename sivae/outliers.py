@@ -12,11 +12,9 @@ importance_weighted  -log 1/K sum_k p(x | z_k) p(z_k) / q(z_k | x), which nears 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,10 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sivae import __version__
 from sivae.data import ImageStream
 from sivae.errors import UserError
-from sivae.evaluate import FOLDER
+from sivae.evaluate import keep
 from sivae.images import to_float
 from sivae.inference import Model, weights_digest
 from sivae.metrics import ood
@@ -125,33 +122,23 @@ def table(results: dict[str, ood.Separation]) -> list[str]:
 
 
 def write_figures(
-    folder: Folder,
-    model: Model,
-    results: dict[str, ood.Separation],
-    sets: dict[str, dict[str, Any]],
-    num_samples: int,
-    seed: int,
-) -> str:
-    """Keep what `compare` found under evaluations/, with all that it depends on. Returns the file's path or URL.
-
-    sets: of "inlier" and "outlier", what is to be known of the images. The same comparison again takes the same name.
-    """
+    folder: Folder, model: Model, results: dict[str, ood.Separation], sets: dict[str, tuple[ImageStream, str]], count: int | None,
+    num_samples: int, seed: int,
+) -> str:  # fmt: skip
+    """Keep what `compare` found of the first `count` images of each of `sets`, by name (with their URLs); see `evaluate.keep`."""
     kind, weight = weighting(model)
     protocol = {
-        "sets": sets, "num_samples": num_samples, "seed": seed, "kept": ood.KEPT, "reconstruction": kind,
-        "reconstruction_weight": weight, "weights": model.weights or "unknown", "weights_sha256": weights_digest(model),
-    }  # fmt: skip
-    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
-    content = {
-        "figures": {
-            name: {figure: dict(zip(("value", "low", "high"), ends)) for figure, ends in asdict(found).items()}
-            for name, found in results.items()
+        "sets": {
+            name: {"digest": stream.digest, "split": list(stream.index.splits), "count": count or len(stream)}
+            for name, (stream, _) in sets.items()
         },
-        "protocol": protocol, "images_seen": model.info.get("images_seen"), "sivae": __version__, "torch": torch.__version__,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "num_samples": num_samples, "seed": seed, "kept": ood.KEPT, "reconstruction": kind, "reconstruction_weight": weight,
     }  # fmt: skip
-    folder.write(json.dumps(content, indent=1).encode(), FOLDER, f"ood-{key}.json")
-    return f"{folder.url}/{FOLDER}/ood-{key}.json"
+    figures = {
+        score: {figure: dict(zip(("value", "low", "high"), ends)) for figure, ends in asdict(found).items()}
+        for score, found in results.items()
+    }
+    return keep(folder, "ood-", figures, protocol, model, {"data": {name: url for name, (_, url) in sets.items()}})
 
 
 # The threshold, and what it says of one image

@@ -77,9 +77,8 @@ def ood(options: argparse.Namespace) -> None:
     streams = [open_set(url, split, model) for url, split in sets]
     outliers.check_sets(*streams, options.count)
     if not model.info.get("objective"):
-        print(
-            f"{options.model}: does not say how it was trained; the error is taken to be {' of weight '.join(map(str, outliers.weighting(model)))}"
-        )
+        kind, weight = outliers.weighting(model)
+        print(f"{options.model}: does not say how it was trained; the scores take a {kind} of weight {weight:g}")
     inlier, outlier = (outliers.score_set(model, stream, **settings) for stream in streams)
     results = outliers.compare(inlier, outlier, options.seed)
     for line in outliers.table(results):
@@ -88,13 +87,9 @@ def ood(options: argparse.Namespace) -> None:
     names = [f"{shown(url)} {split}" for url, split in sets]
     folder_of_picture.write(outliers.histograms(inlier, outlier, results, *names), name)
     print(options.output)
-    known = {
-        name: {"url": shown(url), "split": split, "digest": stream.digest, "count": options.count or len(stream)}
-        for name, (url, split), stream in zip(("inlier", "outlier"), sets, streams)
-    }
-    print(
-        f"{outliers.write_figures(folder, model, results, known, options.samples, options.seed)}: the figures with their protocol"
-    )
+    known = {name: (stream, shown(url)) for name, stream, (url, _) in zip(("inlier", "outlier"), streams, sets)}
+    kept = outliers.write_figures(folder, model, results, known, options.count, options.samples, options.seed)
+    print(f"{kept}: the figures with their protocol")
     calibration = outliers.calibrate(model, inlier, streams[0], options.samples, options.seed)
     kept = outliers.write_calibration(folder, model, calibration)
     print(f"{kept}: thresholds; judge an image with sivae ood {options.model} --judge IMAGE")

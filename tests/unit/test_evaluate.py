@@ -182,9 +182,10 @@ def test_the_command_keeps_the_figures_with_their_protocol(data, model_path, cap
     assert path.name.startswith("000000001234-") and str(path) in told
     assert f"frechet_pixels {held['figures']['frechet_pixels']:.6g}" in told
     protocol = held["protocol"]
-    assert protocol["reals"] | {"digest": "", "url": ""} == {
-        "digest": "", "url": "", "split": ["train"], "count": 1100, "of": 1100, "resolution": SIZE,
+    assert protocol["reals"] | {"digest": ""} == {
+        "digest": "", "split": ["train"], "count": 1100, "of": 1100, "resolution": SIZE,
     }  # fmt: skip
+    assert held["data"] == data
     assert protocol["fakes"]["count"] == 100 and protocol["weights"] == "average" and protocol["mode"] == "eval"
     assert protocol["uint8"] == "rounded to the nearest" and protocol["detectors"][0]["name"] == "pixels"
     assert held["weights_sha256"] == weights_digest(load(model_path))
