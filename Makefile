@@ -15,7 +15,7 @@ demo: .venv/ready
 test: .venv/ready
 	failed=0; \
 	$(BIN)/python -m pytest -m "not slow" tests/launch || failed=1; \
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/launch -n $(JOBS) --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/launch -n $(JOBS) --dist loadfile --no-loadscope-reorder || failed=1; \
 	exit $$failed
 
 lint: .venv/ready
