@@ -122,7 +122,7 @@ def test_truncation_and_mixing_are_of_the_style_family_and_within_its_layers(tmp
     with pytest.raises(UserError, match="num_coarse: 7 is not in 0 .. 6"):
         model.mix(a, b, 7)
     assert main(["sample", "ours", "--truncation", "0.5", "--truncation-layers", "-1"]) == 1
-    assert "--truncation-layers: -1 is negative" in capsys.readouterr().err
+    assert "truncation_layers: -1 is negative" in capsys.readouterr().err
     for call in (lambda m: m.sample(2, truncation=0.5), lambda m: m.mix(a, b, 1)):
         with pytest.raises(UserError, match="a model of the conv family"):
             call(model_of("conv"))
