@@ -24,7 +24,7 @@ def judge(settings: Config, checkpoint: str, count: int) -> dict[str, float]:
     model = inference.load(f"{run.directory}/checkpoints/{checkpoint}", storage_options=run.storage_options)
     stream = open_stream(
         data.url, resolution=settings.model.resolution, num_channels=settings.model.num_channels, batch_size=BATCH,
-        cache_dir=data.cache_dir, storage_options=data.storage_options, timeout_sec=data.timeout_sec, progress=False,
+        random_crop=model.random_crop, cache_dir=data.cache_dir, storage_options=data.storage_options, timeout_sec=data.timeout_sec, progress=False,
     )  # fmt: skip
     count = min(count, len(stream))
     error, values, real, drawn = 0.0, 0, [], []

@@ -380,13 +380,15 @@ def main(arguments: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         # A GPU's is a RuntimeError of torch, which is imported by the commands that can meet it.
         of_device = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
-        if options.debug or not isinstance(error, (MemoryError, of_device)):
+        of_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        if options.debug or not (of_host or isinstance(error, of_device)):
             raise
-        said = str(error).split(". ")[0]
+        said = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0]
         advice = (
             "lower engine.micro_batch_size, or raise engine.zero_stage"
             if options.command == "train"
-            else "take fewer images at a time, or --device cpu"
+            else "take fewer images at a time"
+            + (", or --device cpu" if isinstance(error, of_device) and not of_host else "")
         )
         print(f"sivae: error: out of memory ({said}); {advice}", file=sys.stderr)
         return EXIT_ERROR

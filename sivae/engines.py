@@ -63,7 +63,9 @@ class Engine:
         self.group, self.zero_stage, self.network = group, zero_stage, network.to(group.device)
         if compile:
             # A graph that is kept for the decoder phase is differentiated twice, so its backward may not reuse its memory.
-            torch._functorch.config.donated_buffer = False
+            from torch._functorch import config as functorch
+
+            functorch.donated_buffer = False
             self.network.compile(dynamic=False)
         # For the process: both engines have the same.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"

@@ -36,8 +36,8 @@ FOLDER = "evaluations"
 PUBLISHED_IMAGES, PUBLISHED_BATCH = 50_000, 32
 
 
-class NonFiniteImages(UserError):
-    """The model makes images that hold NaN or infinity: there is nothing to judge."""
+class NonFinite(UserError):
+    """The model's images, or what a detector makes of them, hold NaN or infinity: there is nothing to judge. Raised on every rank."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,16 @@ class Protocol:
             metrics, PUBLISHED_IMAGES, min(PUBLISHED_IMAGES, num_images), mode="train" if batch_norm else "eval",
             batch_size=PUBLISHED_BATCH if batch_norm else cls.batch_size, rounding="down", name="published",
         )  # fmt: skip
+
+
+def departures(protocol: Protocol, weights: str | None) -> list[str]:
+    """In what the published protocol cannot be kept, a sentence each."""
+    told = []
+    if protocol.num_reals < PUBLISHED_IMAGES:
+        told.append(f"takes {PUBLISHED_IMAGES:,} real images; there are {protocol.num_reals:,}, and all are taken")
+    if weights != "average":
+        told.append("takes averaged weights; there are none, and those that there are are judged")
+    return told
 
 
 class Evaluation:
@@ -164,7 +174,7 @@ class Evaluation:
     def run(self, model: Model) -> dict[str, float]:
         """The figures by name; a kernel distance also with its deviation over the subsets, as NAME_deviation.
 
-        Raises NonFiniteImages when the model makes such, and UserError when it is no model for this protocol.
+        Raises NonFinite when the model makes such, and UserError when it is no model for this protocol.
         """
         self.group.together(lambda: self._check_model(model))
         protocol = self.protocol
@@ -281,7 +291,7 @@ class Evaluation:
             for tensor in collected.tensors().values():
                 self.group.sum(tensor)
             if not bool(collected.sums.total.isfinite().all()):
-                raise UserError(f"detector {name}: its features of the {what} are not finite", shared=True)
+                raise NonFinite(f"detector {name}: its features of the {what} are not finite", shared=True)
         return found
 
     def _judge_features(self, fake: dict[str, _Features]) -> dict[str, float]:
@@ -312,19 +322,23 @@ class Evaluation:
         kinds = [figure.kind for figure in self.figures if figure.detector is None]
         device, count = self.group.device, self.protocol.num_reals
         sums = torch.zeros(len(kinds), dtype=torch.float64, device=device)
-        bad = torch.zeros((), device=device)
-        for batch in self._real_batches():
+        bad, failure = torch.zeros((), device=device), None
+        for batch in self._real_batches():  # to their end whatever happens, as in `_collect`
             images = batch.images.to(device)
             again = model.reconstruct(images, batch.labels if model.num_classes else None)
             bad += _count_nonfinite(again)
             pair = to_float(images), to_float(model.to_uint8(again, truncate=self.protocol.rounding == "down"))
-            sums += torch.stack([self._reconstruction(kind, *pair).double().sum() for kind in kinds])
+            try:
+                sums += torch.stack([self._reconstruction(kind, *pair).double().sum() for kind in kinds])
+            except UserError as error:
+                failure = failure or error
             self._advance(len(images))
+        self.group.agree(False, failure)
         self._refuse_nonfinite(bad, "reconstructions")
         means = dict(zip(kinds, (self.group.sum(sums) / count).tolist()))
         for kind, mean in means.items():
             if math.isnan(mean):
-                raise UserError(f"{kind}: is not a number for some of the real images; nothing is judged", shared=True)
+                raise NonFinite(f"{kind}: is not a number for some of the real images; nothing is judged", shared=True)
         return means
 
     def _reconstruction(self, kind: str, real: Tensor, again: Tensor) -> Tensor:
@@ -358,9 +372,7 @@ class Evaluation:
     def _refuse_nonfinite(self, bad: Tensor, what: str) -> None:
         count = int(self.group.sum(bad).item())
         if count:
-            raise NonFiniteImages(
-                f"{count:,} {what} of this model hold NaN or infinity; nothing is judged", shared=True
-            )
+            raise NonFinite(f"{count:,} {what} of this model hold NaN or infinity; nothing is judged", shared=True)
 
     def _advance(self, count: int) -> None:
         # Rank 0's bar stands for all ranks, whose shares are equal but for a batch.

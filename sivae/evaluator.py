@@ -7,6 +7,7 @@ that a run killed between the checkpoint and the pointer finds its best again.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +18,8 @@ from sivae.background import Background
 from sivae.config import Config
 from sivae.data import open_stream
 from sivae.distributed import Group
-from sivae.errors import shown
-from sivae.evaluate import Evaluation, NonFiniteImages, Protocol, write
+from sivae.errors import UserError, shown
+from sivae.evaluate import Evaluation, NonFinite, Protocol, departures, write
 from sivae.storage import Folder
 
 
@@ -44,7 +45,13 @@ class Evaluator:
         )  # fmt: skip
         names = tuple(evaluate.metrics)
         if evaluate.protocol == "published":
+            if (evaluate.split or data.split) != "train":
+                raise UserError(
+                    "evaluate.split: the published protocol takes the training images; set it to train", shared=True
+                )
             protocol = Protocol.published(names, model.model_dump(), len(stream))
+            for sentence in departures(protocol, self._weights) if group.is_main else ():
+                print(f"sivae: evaluate.protocol: {sentence}", file=sys.stderr)
         else:
             fields = ("num_fakes", "num_reals", "batch_size", "truncation", "truncation_layers", "mode")
             protocol = Protocol(names, **{field: getattr(evaluate, field) for field in fields})
@@ -56,20 +63,23 @@ class Evaluator:
         group.together(lambda: self.evaluation.check(model.model_dump()))
         self.decides = self.evaluation.figures[0]
 
+    @property
+    def _weights(self) -> str:
+        return "average" if self.settings.ema.halflife_images else "plain"
+
     def due(self, images_seen: int, batch_size: int, last: bool) -> bool:
         every = self.settings.evaluate.every_images
         return every is not None and (last or schedule.due(images_seen, batch_size, every))
 
     def run(self, average: dict[str, Tensor], images_seen: int) -> str | None:
         """Judge the averaged weights, which every rank holds; `figures` has the result. Returns what a person should hear."""
-        weights = "average" if self.settings.ema.halflife_images else "plain"
         info = {"images_seen": images_seen}
-        model = inference.Model(self.settings.model.model_dump(), self.group.device, info, weights)
+        model = inference.Model(self.settings.model.model_dump(), self.group.device, info, self._weights)
         inference.fill(model, average, "the running average")
         self.figures, self.judged = {}, None
         try:
             found = self.evaluation.run(model)
-        except NonFiniteImages as error:
+        except NonFinite as error:
             return str(error)
         self.figures = {f"evaluate/{name}": value for name, value in found.items()}
         value = found[self.decides.name]

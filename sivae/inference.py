@@ -59,7 +59,8 @@ class Model:
     @property
     def random_crop(self) -> bool | None:
         """For `open_stream`: a model that was trained on pieces of larger images takes such sets, cut from the middle."""
-        return None if self.info.get("data", {}).get("random_crop") else False
+        # While it grows it has seen them shrunk.
+        return None if self.info.get("data", {}).get("random_crop") and not self.stage else False
 
     @torch.no_grad()
     def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -252,11 +253,16 @@ def load(
         raise UserError(
             f"{path}: holds no model; give a run directory with checkpoints or a folder made by `sivae export` or `sivae import`"
         )
+    averaged = found.state.get("averaged", True)
+    if weights == "average" and not averaged:
+        raise UserError(
+            f"{path}: keeps no average of its weights (ema.halflife_images is 0), and average ones are asked for"
+        )
     model = Model(
         _model_settings(found.state["model"], path),
         device,
         {k: found.state[k] for k in ("images_seen", "objective", "data", "stage") if k in found.state},
-        "average" if file == "average" and found.state.get("averaged", True) else "plain",
+        "average" if file == "average" and averaged else "plain",
     )
     fill(model, next(iter(found.tensors.values())), path)
     return model
@@ -272,9 +278,10 @@ def check_truncation(truncation: float, truncation_layers: int | None) -> None:
 
 def run_of(path: str) -> tuple[str, str | None]:
     """The run directory that a checkpoint lies in, and the checkpoint's name; another model's own folder, and None."""
+    path = os.fspath(path)
     if "://" not in path:
         path = os.path.abspath(os.path.expanduser(path))
-    match = re.fullmatch(r"(.*)/checkpoints/([^/]+)/*", path)
+    match = re.fullmatch(r"(.*[^/])/checkpoints/(best|\d{12}(?:\.\d+)?)/*", path)
     return (match[1], match[2]) if match else (path, None)
 
 

@@ -13,7 +13,7 @@ from sivae.storage import Folder
 
 def evaluate(options: argparse.Namespace) -> None:
     from sivae import distributed, real_statistics
-    from sivae.evaluate import Evaluation, Protocol, write
+    from sivae.evaluate import Evaluation, Protocol, departures, write
 
     names = ("num_fakes", "num_reals", "seed", "truncation", "truncation_layers", "mode", "batch_size")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -36,14 +36,8 @@ def evaluate(options: argparse.Namespace) -> None:
             protocol = Protocol(metrics, **given)
         kept = Folder(options.statistics) if options.statistics else real_statistics.default_folder()
         evaluation = Evaluation(stream, protocol, group, detectors=detectors, lpips=options.lpips, statistics=kept)
-        if options.protocol and group.is_main and len(stream) < 50_000:
-            print(
-                f"{stream.where}: has {len(stream):,} images where the published protocol takes 50,000; all are taken"
-            )
-        if options.protocol and group.is_main and model.weights != "average":
-            print(
-                f"{options.model}: holds no averaged weights, which the published protocol takes; those it holds are judged"
-            )
+        for sentence in departures(protocol, model.weights) if options.protocol and group.is_main else ():
+            print(f"--protocol {options.protocol}: {sentence}")
         figures = evaluation.run(model)
 
         def tell() -> None:

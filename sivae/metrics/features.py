@@ -84,7 +84,12 @@ class Lpips:
         """Of two batches [B, C, H, W] with values in [0, 1]: [B]."""
         pair = (images.expand(-1, 3, -1, -1) * 2 - 1 for images in (first, second))
         with torch.no_grad(), _exact_float32():
-            return self.network(*pair).reshape(len(first))
+            found = self.network(*pair)
+        if found.numel() != len(first):
+            raise UserError(
+                f"lpips: returns {tuple(found.shape)} for {len(first)} pairs of images, not a distance for each"
+            )
+        return found.reshape(len(first))
 
 
 def open_lpips(
@@ -98,6 +103,8 @@ def open_lpips(
     blank = torch.zeros(2, 3, resolution, resolution, device=device)
     try:
         fits = all(network(blank[:n], blank[:n]).numel() == n for n in (2, 1))
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # noqa: BLE001 (a file of others can raise anything)
         fits = False
     if not fits:
@@ -189,6 +196,8 @@ def _probe(detector: Detector, shape: tuple[int, ...], device: torch.device | st
     for count in (2, 1):
         try:
             features = detector(torch.zeros(count, *shape, dtype=torch.uint8, device=device))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # noqa: BLE001 (a file of others can raise anything)
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise UserError(

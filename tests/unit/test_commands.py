@@ -401,6 +401,19 @@ def test_memory_that_ran_out_is_one_sentence(monkeypatch, capsys, command, advic
         main([command, *arguments, "--debug"])
 
 
+def test_a_hosts_memory_that_ran_out_in_torch_is_one_sentence_too(models, capsys, monkeypatch):
+    monkeypatch.setenv("SIVAE_DEBUG", "")
+
+    def ends(options):
+        torch.empty(2**50)
+
+    monkeypatch.setitem(commands.COMMANDS, "sample", ends)
+    told = failed(["sample", "model"], capsys)
+    assert (
+        "out of memory" in told and told.endswith("; take fewer images at a time") and "(can't allocate memory" in told
+    )
+
+
 def test_a_fault_of_the_program_is_not_taken_for_memory(monkeypatch):
     def ends(options):
         raise RuntimeError("a fault")

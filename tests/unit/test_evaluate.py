@@ -15,13 +15,24 @@ from sivae import inference, real_statistics
 from sivae.cli import main
 from sivae.data import open_stream
 from sivae.errors import UserError
-from sivae.evaluate import Evaluation, NonFiniteImages, Protocol
+from sivae.evaluate import Evaluation, NonFinite, Protocol
 from sivae.images import to_float
 from sivae.inference import load, weights_digest
 from sivae.metrics import kid, precision_recall, reconstruction
 from sivae.metrics.frechet import frechet_distance, moments
 from sivae.storage import Folder
-from tests.unit.judged import ALONE, SIZE, Lpips, Net, export_model, make_model, pack_images, save_script, sha256
+from tests.unit.judged import (
+    ALONE,
+    SIZE,
+    Lpips,
+    NanLpips,
+    Net,
+    export_model,
+    make_model,
+    pack_images,
+    save_script,
+    sha256,
+)
 
 ALL = (
     "frechet_pixels",
@@ -203,7 +214,7 @@ def test_the_weights_kept_are_those_that_were_judged(data, tmp_path, capsys, wei
         assert main([*arguments, "--weights", "average"]) == 1
         assert "holds plain weights alone" in capsys.readouterr().err
         assert main([*arguments, "--protocol", "published"]) == 0
-        assert "holds no averaged weights" in capsys.readouterr().out
+        assert "takes averaged weights; there are none" in capsys.readouterr().out
 
 
 class TwoRows(torch.nn.Module):
@@ -226,9 +237,9 @@ class NanOnReals(torch.nn.Module):
         return torch.where(x.flatten(1).float().amax(dim=1, keepdim=True) > 250, features / 0 * 0, features)
 
 
-class NanLpips(torch.nn.Module):
+class LpipsOfTwo(torch.nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return ((x - y) / 0 * 0).flatten(1).sum(dim=1)
+        return (x - y).square().flatten(1).mean(dim=1)[:2]
 
 
 def test_a_detector_must_give_a_row_for_each_image(data, tmp_path):
@@ -248,8 +259,14 @@ def test_features_that_are_not_finite_are_not_kept_for_later(data, tmp_path):
 
 def test_an_lpips_that_is_not_a_number_is_no_figure(data, tmp_path):
     lpips = save_script(NanLpips(), tmp_path / "lpips.pt")
-    with pytest.raises(UserError, match="lpips: is not a number for some of the real images; nothing is judged"):
+    with pytest.raises(NonFinite, match="lpips: is not a number for some of the real images; nothing is judged"):
         judge(data, Protocol(("mse", "lpips")), lpips=lpips)
+
+
+def test_an_lpips_must_give_a_distance_for_each_pair(data, tmp_path):
+    lpips = save_script(LpipsOfTwo(), tmp_path / "lpips.pt")
+    with pytest.raises(UserError, match=r"lpips: returns \(2,\) for 64 pairs of images, not a distance for each"):
+        judge(data, Protocol(("lpips",)), lpips=lpips)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +316,8 @@ def test_a_model_of_cut_images_is_judged_on_the_middle_of_larger_ones(tmp_path, 
     told = capsys.readouterr().out
     middle = open_stream(larger, batch_size=1).sample(range(40)).images[:, :, 2:-2, 2:-2]
     again = to_float(model.to_uint8(model.reconstruct(middle)))
-    assert f"mse {(again - to_float(middle)).square().mean().item():.4g}"[:9] in told
+    found = next(float(line.split()[1]) for line in told.splitlines() if line.startswith("mse "))
+    assert found == pytest.approx((again - to_float(middle)).square().mean().item(), rel=1e-3)
     assert main(["reconstruct", str(tmp_path / "cut"), larger, "--output", str(tmp_path / "again.png")]) == 0
     assert main(["evaluate", str(tmp_path / "whole"), *arguments]) == 1
     assert "is packed at resolution 12 and the model takes 8" in capsys.readouterr().err
@@ -324,9 +342,9 @@ def test_a_model_that_makes_nan_is_not_judged(data):
     model = make_model()
     with torch.no_grad():
         model.decoder.head.bias += torch.nan
-    with pytest.raises(NonFiniteImages, match="80 samples of this model hold NaN"):
+    with pytest.raises(NonFinite, match="80 samples of this model hold NaN"):
         judge(data, FEW, model)
-    with pytest.raises(NonFiniteImages, match="1,100 reconstructions"):
+    with pytest.raises(NonFinite, match="1,100 reconstructions"):
         judge(data, Protocol(("mse",)), model)
 
 

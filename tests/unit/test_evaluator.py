@@ -16,7 +16,7 @@ from sivae.data import open_stream
 from sivae.errors import UserError
 from sivae.evaluate import Evaluation, Protocol
 from sivae.storage import Folder
-from tests.unit.judged import ALONE
+from tests.unit.judged import ALONE, NanLpips, save_script
 
 
 @pytest.fixture
@@ -70,7 +70,14 @@ def test_the_figures_are_those_of_the_averaged_weights(train, cache_dir):
     assert again == {name: held[64][f"evaluate/{name}"] for name in again}
 
 
-def test_a_run_is_judged_as_the_command_would_judge_it(train, cache_dir, monkeypatch):
+def test_what_judges_may_fail_and_the_run_goes_on(train, tmp_path, capsys):
+    path = save_script(NanLpips(), tmp_path / "lpips.pt")
+    result = train("evaluate.metrics=[mse,lpips]", f"evaluate.lpips={path}", "evaluate.every_images=80")
+    assert result.images_seen == 160 and not lines(train.folder) and best(train.folder) is None
+    assert capsys.readouterr().err.count("lpips: is not a number for some of the real images") == 2
+
+
+def test_a_run_is_judged_as_the_command_would_judge_it(train, cache_dir, monkeypatch, capsys):
     often = [
         "evaluate.metrics=[frechet_pixels]",
         "schedule.total_images=64",
@@ -96,6 +103,8 @@ def test_a_run_is_judged_as_the_command_would_judge_it(train, cache_dir, monkeyp
     # As published, but for the number of samples
     monkeypatch.setattr("sivae.evaluate.PUBLISHED_IMAGES", 300)
     train(*often, "evaluate.protocol=published", "schedule.total_images=128", "ema.halflife_images=0")
+    told = capsys.readouterr().err
+    assert "takes averaged weights; there are none" in told and "real images" not in told
     kept = held()["protocol"]
     assert (kept["name"], kept["mode"], kept["batch_size"], kept["weights"]) == ("published", "train", 32, "plain")
     assert kept["uint8"] == "rounded down" and kept["fakes"]["count"] == 300
@@ -158,6 +167,10 @@ def test_another_deciding_figure_starts_anew(train):
         ("evaluate.metrics=[ms_ssim]", "needs images of at least 176 pixels"),
         ("evaluate.split=test", "there is no split 'test'"),
         ("evaluate.num_reals=5000", "has 1,797"),
+        (
+            "evaluate={every_images: 32, protocol: published, split: all}",
+            "the published protocol takes the training images",
+        ),
         ("evaluate.mode=train", "mode: train is for models with BatchNorm"),
         ("evaluate.truncation=0.7", "truncation: only the style family has it, not conv"),
     ],

@@ -171,6 +171,9 @@ def test_interpolation_keeps_the_class_along_the_way():
     assert torch.allclose(path[:, -1], conditional.reconstruct(b, labels), atol=1e-5)
     others = torch.tensor([1, 2])
     path = conditional.interpolate(a, b, 5, labels, others)
+    ends = conditional.encode(a, labels)[0], conditional.encode(b, others)[0]
+    for step, shown in ((2, labels), (3, others)):
+        assert torch.allclose(path[:, step], conditional.decode(torch.lerp(*ends, step / 4), shown), atol=1e-5)
     assert torch.allclose(path[:, 0], conditional.reconstruct(a, labels), atol=1e-5)
     assert torch.allclose(path[:, -1], conditional.reconstruct(b, others), atol=1e-5)
 
@@ -273,6 +276,20 @@ def test_a_checkpoint_may_be_named_from_inside_its_run(run, monkeypatch, inside)
     assert inference.run_of(path) == (folder.url, "000000000100")
 
 
+def test_only_what_is_named_like_a_checkpoint_is_one(tmp_path):
+    for path in (
+        "runs/checkpoints/mine",
+        "s3://checkpoints/000000000100",
+        "a/checkpoints",
+        "memory://checkpoints/best",
+    ):
+        expected = path if "://" in path else f"{tmp_path}/{path}"
+        assert inference.run_of(path if "://" in path else expected) == (expected, None)
+    for name in ("000000000100", "000000000100.1", "best"):
+        assert inference.run_of(f"s3://bucket/run/checkpoints/{name}/") == ("s3://bucket/run", name)
+        assert inference.run_of(tmp_path / "checkpoints" / name) == (str(tmp_path), name)
+
+
 def test_an_exported_model_knows_its_weights_and_gives_no_others(run, tmp_path):
     folder, models_of = run
     for weights, other in (("average", "plain"), ("plain", "average")):
@@ -288,7 +305,9 @@ def test_a_run_without_an_average_has_plain_weights(tmp_path):
     state = {"images_seen": 100, "model": model.settings, "seed": 0, "averaged": False}
     tensors = everything(model)
     checkpoint.save(Folder(str(tmp_path)), state, {"weights": tensors, "average": tensors}, keep=1)
-    assert sivae.load(str(tmp_path)).weights == "plain"
+    assert sivae.load(tmp_path).weights == "plain"
+    with pytest.raises(UserError, match="keeps no average of its weights"):
+        sivae.load(tmp_path, weights="average")
 
 
 def test_a_damaged_newest_checkpoint_gives_the_one_before_it(run):

@@ -6,6 +6,7 @@ pytest tests/unit/test_trainer.py
 import json
 import math
 import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from sivae.state import TrainingState
 from sivae.step import FiniteGate, Pass, train_step
 from sivae.storage import Folder
 from tests.host_reads import HostReads
+from tests.processes import finished
 
 SECRET = "hidden-secret"
 
@@ -302,6 +304,18 @@ def test_a_level_multiplies_beta_neg(run):
     ]
     factor, larger, smaller = ([line["terms/exp_elbo_fake"] for line in lines] for _, _, lines in runs)
     assert factor == larger and factor != smaller
+
+
+def test_a_compiled_run_can_begin(tmp_path):
+    """Nothing is compiled before the first step. In a process of its own: here others may have imported what it needs."""
+    code = (
+        "from sivae import config, distributed; from sivae.state import TrainingState\n"
+        f"settings = config.load('configs/digits.yaml', ['run.directory={tmp_path}', 'engine.compile=true'])\n"
+        "with distributed.join('cpu') as group: state = TrainingState(settings, group, accumulation=1)\n"
+        "print(state.encoder.network._compiled_call_impl is not None)\n"
+    )
+    done = finished([sys.executable, "-c", code])
+    assert done.returncode == 0 and done.stdout.strip().endswith("True")
 
 
 @pytest.mark.slow  # a C++ compiler at work for a minute or two
