@@ -378,6 +378,7 @@ ZERO_READS = {"_local_scalar_dense": 2}
         ([STYLE, LEVELS % "", "objective.style_mixing=0.9"], {}),
         (["engine.zero_stage=1"], ZERO_READS),
         (["engine.zero_stage=2"], ZERO_READS),
+        (["engine.zero_stage=3"], ZERO_READS),
     ],
     ids=str,
 )
@@ -400,6 +401,8 @@ def test_training_between_two_log_lines_reads_nothing_back(run, monkeypatch, ove
     often = ["schedule.total_images=128", "run.checkpoint_images=1000", "tracking.picture_images=1000"]
     with HostReads() as reads:
         run(*often, "tracking.log_images=64", *overrides)
-    # Before the first step, then one for each; the fourth logs, as does the last, which no other follows.
-    assert [found[step] for step in (1, 2, 3, 5, 6, 7)] == [expected] * 6
+    # Before the first step, then one for each; the fourth logs, as does the last, which no other follows. In the first two steps of
+    # stage 3 DeepSpeed compares among the ranks what it traced.
+    steps = (3, 5, 6, 7) if "engine.zero_stage=3" in overrides else (1, 2, 3, 5, 6, 7)
+    assert [found[step] for step in steps] == [expected] * len(steps)
     assert found[4] != expected, "a log line reads"
