@@ -229,7 +229,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="where features of real images are kept, path or URL; statistics/ of $SIVAE_CACHE or ~/.cache/sivae by default",
     )  # fmt: skip
 
-    ood = add("ood", "Tell outliers from inliers by a model's scores, calibrate a threshold, or judge one image.")
+    ood = add(
+        "ood",
+        "Tell outliers from inliers by a model's scores, keep the figures and thresholds beside it, or judge one image.",
+    )
     add_model(ood)
     ood.add_argument("--inlier", metavar="URL", help="packed set of images such as the model was trained on, held out")
     ood.add_argument("--inlier-split", default="test", metavar="NAME")

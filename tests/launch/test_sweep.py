@@ -5,6 +5,7 @@ pytest tests/launch/test_sweep.py
 
 import hashlib
 import json
+import math
 import signal
 
 import numpy as np
@@ -13,9 +14,11 @@ import yaml
 from PIL import Image
 
 from launch import sweep_spec
+from launch.judge import judge
 from launch.sweep_report import read_trials
 from sivae import config
 from sivae.config import ConfigError
+from sivae.data.pack import pack
 from sivae.storage import Folder
 from tests.launch.conftest import assert_equal, refused, tensors
 from tests.processes import ROOT, run_sivae
@@ -235,3 +238,11 @@ def test_values_stay_inside_their_space(spec_file):
     assert all(0.1 <= values["objective.beta_kl"] <= 1.0 for values in spec.draw())
     clipped = within(spec)({"point": {"objective.beta_kl": 1.2, "model.norm": "layer"}})
     assert clipped == {"point": {"objective.beta_kl": 1.0, "model.norm": "layer"}}
+
+
+def test_a_run_on_pieces_of_larger_images_is_judged_on_such(small, tmp_path):
+    pack("digits:", str(tmp_path / "set"), resolution=20, num_workers=0, progress=False)
+    arguments = [*small(tmp_path / "run", total=96), f"data.url={tmp_path / 'set'}", "data.random_crop=true"]
+    assert run_sivae(["train", *arguments]).returncode == 0
+    measured = judge(config.load(arguments[0], arguments[1:]), f"{96:012d}", 200)
+    assert all(math.isfinite(value) and value > 0 for value in measured.values()) and len(measured) == 2

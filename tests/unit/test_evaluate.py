@@ -229,6 +229,13 @@ class OneRow(torch.nn.Module):
         return x.flatten(1).float()[:1]
 
 
+class AlwaysTwo(torch.nn.Module):
+    """A file that was traced with two images and makes as many rows of one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1).float().mean(dim=0).expand(2, 192)
+
+
 class NanOnReals(torch.nn.Module):
     """NaN for an image that has a large value, which a new model's samples do not."""
 
@@ -243,7 +250,10 @@ class LpipsOfTwo(torch.nn.Module):
 
 
 def test_a_detector_must_give_a_row_for_each_image(data, tmp_path):
-    one, two = (save_script(net, tmp_path / f"{i}.pt") for i, net in enumerate((OneRow(), TwoRows())))
+    nets = OneRow(), TwoRows(), AlwaysTwo()
+    one, two, always = (save_script(net, tmp_path / f"{i}.pt") for i, net in enumerate(nets))
+    with pytest.raises(UserError, match=r"returns \(2, 192\) for images \(1, 1, 8, 8\), not features \[1, D\]"):
+        judge(data, Protocol(("frechet_mine",), num_fakes=300), detectors={"mine": always})
     with pytest.raises(UserError, match=r"returns \(1, 192\) for images \(2, 1, 8, 8\), not features \[2, D\]"):
         judge(data, Protocol(("frechet_mine",), num_fakes=300), detectors={"mine": one})
     with pytest.raises(UserError, match=r"detector mine: returns \(2, 192\) for 64 images, not \[64, 192\]"):
