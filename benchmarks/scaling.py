@@ -91,6 +91,7 @@ def work(batch_size: int, output: str) -> None:
             }  # fmt: skip
     if rank == 0:
         Path(output).write_text(json.dumps(found))
+    distributed.end_process(0)
 
 
 def _all_reduce_sec(numel: int, group: distributed.Group) -> float:

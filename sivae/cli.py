@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from sivae import __version__, startup
 from sivae.errors import UserError
@@ -359,6 +359,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
+    if arguments is not None:
+        return _run(options, nullcontext())
+    # Without arguments the process is ours, from its imports to its end.
+    try:
+        code = _run(options, startup.importing())
+    except Exception:  # noqa: BLE001 - said as Python says it
+        sys.excepthook(*sys.exc_info())
+        code = EXIT_ERROR
+    if (distributed := sys.modules.get("sivae.distributed")) is not None:
+        distributed.end_process(code)
+    return code
+
+
+def _run(options: argparse.Namespace, around_imports: AbstractContextManager) -> int:
     if options.debug:
         os.environ["SIVAE_DEBUG"] = "1"
     else:
@@ -367,8 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
     from sivae.config import ConfigError
 
     try:
-        # With arguments the process is the caller's, with garbage of its own.
-        with startup.importing() if arguments is None else nullcontext():
+        with around_imports:
             from sivae import commands
 
         return commands.COMMANDS[options.command](options) or 0

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import sys
 
 import torch
 import torch.distributed as dist
@@ -179,4 +178,5 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
+    distributed.end_process(0)

@@ -1,4 +1,4 @@
-"""No garbage collection while a command imports, and none of what it imported.
+"""No garbage collection while a command imports, and none of what it imported; a process ends with the code it was given, whatever threads it has.
 
 pytest tests/unit/test_startup.py
 """
@@ -50,3 +50,44 @@ def test_the_last_collection_is_left_out():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     alive, left = map(int, done.stdout.split())
     assert left < 100 < 1000 < alive
+
+
+def test_a_thread_of_gloo_that_waits_for_python_does_not_abort_the_end():
+    """Ended by `sys.exit(7)`, two of three of these processes abort: rarer where fewer collectives are under way."""
+    program = (
+        "import atexit, threading, time, torch, torch.distributed as dist\n"
+        "from sivae import distributed\n"
+        "with distributed.join('cpu'):\n"
+        "    held = dist.group.WORLD  # as DeepSpeed does\n"
+        "    pairs = [([torch.zeros(20000)], torch.zeros(20000)) for _ in range(2000)]\n"
+        "    atexit.register(print, 'the callbacks', end=' ')\n"
+        "    threading.Thread(target=lambda: (time.sleep(0.1), print('the threads', end=' '))).start()\n"
+        "    for pair in pairs:\n"
+        "        dist.all_gather(*pair, async_op=True)\n"
+        "distributed.end_process(7)\n"
+    )
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (7, "the threads the callbacks ", "")
+
+
+def test_an_end_that_nobody_reads_is_an_error():
+    program = "from sivae import distributed; print('said'); distributed.end_process(0)"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(60) == 1
+
+
+@pytest.mark.parametrize("said", ["RuntimeError: of ours", "SystemExit: 3"])
+def test_the_command_ends_as_python_would(said):
+    """A traceback and 1 for what nobody foresaw; what asks for an exit code has it."""
+    kind, _, value = said.partition(": ")
+    program = (
+        "import sys; from sivae import cli, commands, distributed\n"
+        f"def fail(options): raise {kind}({value if value.isdigit() else repr(value)})\n"
+        "commands.COMMANDS['check'] = fail\n"
+        "sys.argv = ['sivae', 'check', 'set']; sys.exit(cli.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == (int(value) if value.isdigit() else 1)
+    assert ("Traceback" in done.stderr and said in done.stderr) == (kind == "RuntimeError")
