@@ -20,6 +20,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from sivae.models import recompute
 from sivae.models.conv import append_labels
@@ -28,6 +29,7 @@ SLOPE = 0.2  # of every leaky ReLU, as published
 GAIN = math.sqrt(2)  # of weights that a leaky ReLU follows
 FUSED_SCALE_PIXELS = 128  # from this size on, one kernel convolves and changes the size
 MAPPING_LR_FACTOR = 0.1
+SMALLEST_VARIANCE = 1e-30  # far below what float32 leaves of any
 NOISE_MODES = ("random", "batch", "fixed", "mean", "none")
 
 
@@ -77,15 +79,16 @@ class ScaledConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(*widths, size, size))
         self.bias = nn.Parameter(torch.zeros(width_out)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = scaled(self.weight, self.factors["weight"])
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`bias` of another layer than this one, which has none."""
+        weight, bias = scaled(self.weight, self.factors["weight"]), self.bias if bias is None else bias
         if self.resize is None:
-            return F.conv2d(x, weight, self.bias, padding=self.padding)
+            return F.conv2d(x, weight, bias, padding=self.padding)
         # The kernel of the convolution and of the 2x2 box before or after it, in one. Doubling repeats a pixel four times.
         weight = box(weight)
         if self.resize == "down":
-            return F.conv2d(x, weight, self.bias, stride=2, padding=self.padding)
-        return F.conv_transpose2d(x, 4 * weight, self.bias, stride=2, padding=self.padding)
+            return F.conv2d(x, weight, bias, stride=2, padding=self.padding)
+        return F.conv_transpose2d(x, 4 * weight, bias, stride=2, padding=self.padding)
 
 
 def box(x: Tensor) -> Tensor:
@@ -111,11 +114,79 @@ def blur(x: Tensor) -> Tensor:
     return _Blur.apply(x)
 
 
-def statistics(x: Tensor) -> Tensor:
-    """Means, then (biased) standard deviations of the channels: [B, C, H, W] -> float32 [B, 2 C]."""
-    variance, mean = torch.var_mean(x.float(), dim=(2, 3), correction=0)
-    # No epsilon, as published; the floor is far below what float32 leaves of any variance, and stops the infinite slope at 0.
-    return torch.cat([mean, variance.clamp(min=1e-30).sqrt()], dim=1)
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and (biased) variances of the channels: [B, C, H, W] -> two of [B, C], float32 (float64 of float64)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type != "cpu":
+        variance, mean = torch.var_mean(x.to(wide), dim=(2, 3), correction=0)
+        return mean, variance
+    # What batch norm calls, in a fifth of the time: here all channels of all images are those of one image.
+    averages = x.new_zeros(2, x.shape[0] * x.shape[1], dtype=wide)  # which it would also move
+    mean, variance = torch.batch_norm_update_stats(_one_image(x), *averages, 0.0)
+    return mean.view(x.shape[:2]), variance.view(x.shape[:2])
+
+
+def _one_image(x: Tensor) -> Tensor:
+    return x.reshape(1, -1, *x.shape[2:])
+
+
+class _InstanceNorm(torch.autograd.Function):
+    """Keeps x and numbers by channel for the backward pass, and no other image."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        mean, variance = moments(x)
+        if x.device.type == "cpu":
+            # Its batch norm computes x a + b, which loses digits where a mean is far from 0.
+            rstd = (variance + eps).rsqrt()
+            y = torch.addcmul(_maps(shift), x - _maps(mean), _maps(rstd * scale)).to(x.dtype)
+        else:
+            y, _, rstd = torch.native_batch_norm(
+                _one_image(x), scale.flatten(), shift.flatten(), None, None, True, 0.0, eps
+            )
+            y = y.view_as(x)
+        ctx.save_for_backward(x, scale, mean, variance, rstd)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return y, torch.cat([mean, variance.sqrt()], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_y: Tensor | None, by_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, scale, mean, variance, rstd = ctx.saved_tensors
+        by_x = by_scale = by_shift = None
+        if by_y is not None:
+            by_x, by_scale, by_shift = torch.ops.aten.native_batch_norm_backward(
+                _one_image(by_y), _one_image(x), scale.flatten(), None, None, mean.flatten(), rstd.flatten(), True, ctx.eps,
+                list(ctx.needs_input_grad[:3]),
+            )  # fmt: skip
+            by_x, by_scale, by_shift = (
+                value if value is None else value.view(shape)
+                for value, shape in ((by_x, x.shape), (by_scale, scale.shape), (by_shift, scale.shape))
+            )
+        if by_statistics is not None and ctx.needs_input_grad[0]:
+            by_mean, by_deviation = (by_statistics / x.shape[2:].numel()).chunk(2, dim=1)
+            # The deviation has no epsilon, as published; where a channel is constant its slope would be infinite, and is 0 here.
+            slope = torch.where(variance > SMALLEST_VARIANCE, by_deviation * variance.rsqrt(), 0.0)
+            part = torch.addcmul(_maps(by_mean), x - _maps(mean), _maps(slope)).to(x.dtype)
+            by_x = part if by_x is None else by_x + part
+        return by_x, by_scale, by_shift, None
+
+
+def _maps(values: Tensor) -> Tensor:
+    return values[:, :, None, None]
+
+
+def instance_norm(x: Tensor, style: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Instance norm, then channels scaled by 1 + the first half of the style and shifted by the second.
+
+    [B, C, H, W], [B, 2 C] -> [B, C, H, W] of x's type and, in float32, what the norm takes away [B, 2 C]: means and standard
+    deviations, without epsilon. Has one gradient, no second.
+    """
+    count, width = x.shape[:2]
+    style = x.new_zeros(count, 2 * width) if style is None else style
+    scale, shift = style.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=1)
+    return _InstanceNorm.apply(x, 1 + scale, shift, eps)
 
 
 class Mapping(nn.Module):
@@ -170,12 +241,12 @@ class EncoderBlock(nn.Module):
         self.style2 = ScaledLinear(2 * width_out, latent_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.leaky_relu(self.conv1(x) + self.bias1[:, None, None], SLOPE, inplace=True)
-        style = self.style1(statistics(x))
-        x = self.conv2(blur(F.instance_norm(x, eps=1e-5)))
-        x = x if self.fused else F.avg_pool2d(x, 2)
-        x = F.leaky_relu(x + self.bias2[:, None, None], SLOPE, inplace=True)
-        return F.instance_norm(x, eps=1e-5), style + self.style2(statistics(x))
+        x = F.leaky_relu(self.conv1(x, self.bias1), SLOPE, inplace=True)
+        x, statistics1 = instance_norm(x, None, eps=1e-5)
+        x = self.conv2(blur(x), self.bias2)
+        x = F.leaky_relu(x if self.fused else F.avg_pool2d(x, 2), SLOPE, inplace=True)
+        x, statistics2 = instance_norm(x, None, eps=1e-5)
+        return x, self.style1(statistics1) + self.style2(statistics2)
 
 
 class DecoderBlock(nn.Module):
@@ -195,30 +266,36 @@ class DecoderBlock(nn.Module):
         self.style2 = ScaledLinear(latent_dim, 2 * width_out, gain=1)
 
     def forward(self, x: Tensor, style1: Tensor, style2: Tensor, noise: str) -> Tensor:
-        count = len(style1)
         if self.level:
             x = x if self.fused else F.interpolate(x, scale_factor=2, mode="nearest")
             x = blur(self.conv1(x))
-        x = add_noise(x, self.noise1, noise, count, 2 * self.level)
-        x = F.leaky_relu(x + self.bias1[:, None, None], SLOPE, inplace=True)
-        x = modulate(F.instance_norm(x, eps=1e-8), self.style1(style1))
-        x = add_noise(self.conv2(x), self.noise2, noise, count, 2 * self.level + 1)
-        x = F.leaky_relu(x + self.bias2[:, None, None], SLOPE, inplace=True)
-        return modulate(F.instance_norm(x, eps=1e-8), self.style2(style2))
+        else:
+            x = x.clone()  # the constant, one for all images
+        x = add_noise(x, self.noise1, noise, 2 * self.level)
+        x = F.leaky_relu(x.add_(_per_channel(self.bias1, x)), SLOPE, inplace=True)
+        x = self._norm(x, self.style1(style1))
+        x = add_noise(self.conv2(x), self.noise2, noise, 2 * self.level + 1)
+        x = F.leaky_relu(x.add_(_per_channel(self.bias2, x)), SLOPE, inplace=True)
+        return self._norm(x, self.style2(style2))
+
+    def _norm(self, x: Tensor, style: Tensor) -> Tensor:
+        if self.level:
+            return instance_norm(x, style, eps=1e-8)[0]
+        # Published weights start flat here. Of what is the same at each pixel torch's norm leaves the rounding that theirs does.
+        scale, shift = _maps(style).chunk(2, dim=1)
+        return F.instance_norm(x, eps=1e-8) * (scale + 1) + shift
 
 
-def modulate(x: Tensor, style: Tensor) -> Tensor:
-    """Scale channels by 1 + the first half of the style, shift them by the second: [B, C, H, W], [B, 2 C] -> [B, C, H, W]."""
-    scale, shift = style[:, :, None, None].chunk(2, dim=1)
-    return x * (scale + 1) + shift
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values[:, None, None].to(x.dtype)
 
 
-def add_noise(x: Tensor, weight: Tensor, mode: str, count: int, layer: int) -> Tensor:
+def add_noise(x: Tensor, weight: Tensor, mode: str, layer: int) -> Tensor:
     """Per-pixel normal noise, one map for all channels, times a weight per channel. `layer` counts from the constant.
 
-    random: fresh for each of the `count` images; batch: fresh, one map for all images; fixed: the same maps in every call.
+    random: fresh for each image; batch: fresh, one map for all images; fixed: the same maps in every call.
     Fresh draws come from torch's generator of the device.
-    mean: no draw, but what the published code adds when its noise is off; none: nothing.
+    mean: no draw, but what the published code adds when its noise is off; none: nothing, x itself.
     """
     if mode == "none":
         return x
@@ -229,8 +306,8 @@ def add_noise(x: Tensor, weight: Tensor, mode: str, count: int, layer: int) -> T
     if mode == "fixed":
         noise = _fixed_noise(layer, size).to(x)
     else:
-        noise = torch.randn(count if mode == "random" else 1, 1, size, size, device=x.device, dtype=x.dtype)
-    return x + weight[:, None, None] * noise
+        noise = torch.randn(len(x) if mode == "random" else 1, 1, size, size, device=x.device, dtype=x.dtype)
+    return torch.addcmul(x, _per_channel(weight, x), noise)
 
 
 @lru_cache(maxsize=36)

@@ -109,12 +109,12 @@ def test_the_setting_holds_in_training_and_eval_is_a_function_of_z(noise):
 def test_noise_is_weighted_per_channel_and_has_unit_variance():
     x, weight = torch.zeros(3, 2, 64, 64), torch.tensor([0.0, 2.0])
     for mode, maps in (("random", 3), ("batch", 1), ("fixed", 1)):
-        noisy = style.add_noise(x, weight, mode, 3, layer=0)
+        noisy = style.add_noise(x, weight, mode, layer=0)
         assert not noisy[:, 0].any()
         # 4096 draws: the deviation of the standard deviation is 1%.
         assert noisy[0, 1].std() == pytest.approx(2.0, rel=0.05) and abs(noisy[0, 1].mean()) < 0.15
         assert len({tuple(image.flatten().tolist()) for image in noisy[:, 1]}) == maps
-    assert not torch.equal(style.add_noise(x, weight, "fixed", 3, 0), style.add_noise(x, weight, "fixed", 3, 1))
+    assert not torch.equal(style.add_noise(x, weight, "fixed", 0), style.add_noise(x, weight, "fixed", 1))
 
 
 def test_truncation_pulls_the_first_layers_to_the_average_style():
