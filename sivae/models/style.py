@@ -20,16 +20,15 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sivae.models import recompute
 from sivae.models.conv import append_labels
+from sivae.models.instance_norm import instance_norm
 
 SLOPE = 0.2  # of every leaky ReLU, as published
 GAIN = math.sqrt(2)  # of weights that a leaky ReLU follows
 FUSED_SCALE_PIXELS = 128  # from this size on, one kernel convolves and changes the size
 MAPPING_LR_FACTOR = 0.1
-SMALLEST_VARIANCE = 1e-30  # far below what float32 leaves of any
 NOISE_MODES = ("random", "batch", "fixed", "mean", "none")
 
 
@@ -112,81 +111,6 @@ class _Blur(torch.autograd.Function):
 def blur(x: Tensor) -> Tensor:
     """Convolve every channel with (1, 2, 1)^T (1, 2, 1) / 16; zeros around, the size stays: [B, C, H, W]."""
     return _Blur.apply(x)
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and (biased) variances of the channels: [B, C, H, W] -> two of [B, C], float32 (float64 of float64)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type != "cpu":
-        variance, mean = torch.var_mean(x.to(wide), dim=(2, 3), correction=0)
-        return mean, variance
-    # What batch norm calls, in a fifth of the time: here all channels of all images are those of one image.
-    averages = x.new_zeros(2, x.shape[0] * x.shape[1], dtype=wide)  # which it would also move
-    mean, variance = torch.batch_norm_update_stats(_one_image(x), *averages, 0.0)
-    return mean.view(x.shape[:2]), variance.view(x.shape[:2])
-
-
-def _one_image(x: Tensor) -> Tensor:
-    return x.reshape(1, -1, *x.shape[2:])
-
-
-class _InstanceNorm(torch.autograd.Function):
-    """Keeps x and numbers by channel for the backward pass, and no other image."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        mean, variance = moments(x)
-        if x.device.type == "cpu":
-            # Its batch norm computes x a + b, which loses digits where a mean is far from 0.
-            rstd = (variance + eps).rsqrt()
-            y = torch.addcmul(_maps(shift), x - _maps(mean), _maps(rstd * scale)).to(x.dtype)
-        else:
-            y, _, rstd = torch.native_batch_norm(
-                _one_image(x), scale.flatten(), shift.flatten(), None, None, True, 0.0, eps
-            )
-            y = y.view_as(x)
-        ctx.save_for_backward(x, scale, mean, variance, rstd)
-        ctx.eps = eps
-        ctx.set_materialize_grads(False)
-        return y, torch.cat([mean, variance.sqrt()], dim=1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, by_y: Tensor | None, by_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, scale, mean, variance, rstd = ctx.saved_tensors
-        by_x = by_scale = by_shift = None
-        if by_y is not None:
-            by_x, by_scale, by_shift = torch.ops.aten.native_batch_norm_backward(
-                _one_image(by_y), _one_image(x), scale.flatten(), None, None, mean.flatten(), rstd.flatten(), True, ctx.eps,
-                list(ctx.needs_input_grad[:3]),
-            )  # fmt: skip
-            by_x, by_scale, by_shift = (
-                value if value is None else value.view(shape)
-                for value, shape in ((by_x, x.shape), (by_scale, scale.shape), (by_shift, scale.shape))
-            )
-        if by_statistics is not None and ctx.needs_input_grad[0]:
-            by_mean, by_deviation = (by_statistics / x.shape[2:].numel()).chunk(2, dim=1)
-            # The deviation has no epsilon, as published; where a channel is constant its slope would be infinite, and is 0 here.
-            slope = torch.where(variance > SMALLEST_VARIANCE, by_deviation * variance.rsqrt(), 0.0)
-            part = torch.addcmul(_maps(by_mean), x - _maps(mean), _maps(slope)).to(x.dtype)
-            by_x = part if by_x is None else by_x + part
-        return by_x, by_scale, by_shift, None
-
-
-def _maps(values: Tensor) -> Tensor:
-    return values[:, :, None, None]
-
-
-def instance_norm(x: Tensor, style: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Instance norm, then channels scaled by 1 + the first half of the style and shifted by the second.
-
-    [B, C, H, W], [B, 2 C] -> [B, C, H, W] of x's type and, in float32, what the norm takes away [B, 2 C]: means and standard
-    deviations, without epsilon. Has one gradient, no second.
-    """
-    count, width = x.shape[:2]
-    style = x.new_zeros(count, 2 * width) if style is None else style
-    scale, shift = style.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=1)
-    return _InstanceNorm.apply(x, 1 + scale, shift, eps)
 
 
 class Mapping(nn.Module):
@@ -282,7 +206,7 @@ class DecoderBlock(nn.Module):
         if self.level:
             return instance_norm(x, style, eps=1e-8)[0]
         # Published weights start flat here. Of what is the same at each pixel torch's norm leaves the rounding that theirs does.
-        scale, shift = _maps(style).chunk(2, dim=1)
+        scale, shift = style[:, :, None, None].chunk(2, dim=1)
         return F.instance_norm(x, eps=1e-8) * (scale + 1) + shift
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sivae.models import recompute
 from sivae.models.conv import SLOPE, make_blocks, make_norm
+from sivae.models.instance_norm import instance_norm
 
 
 class _Features(nn.Module):
@@ -77,8 +78,7 @@ class AdaptiveInstanceNorm(nn.Module):
         self.affine = nn.Linear(style_dim, 2 * width)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        scale, shift = self.affine(style)[:, :, None, None].chunk(2, dim=1)
-        return F.instance_norm(x) * (1 + scale) + shift
+        return instance_norm(x, self.affine(style), eps=1e-5)[0]
 
 
 class _AdaptiveBlock(nn.Module):

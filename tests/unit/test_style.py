@@ -210,6 +210,28 @@ def test_blur_is_the_binomial_kernel():
     kernel = (kernel[:, None] * kernel / 16).expand(3, 1, 3, 3)
     x = normals(2, 3, 8, 8)
     assert torch.allclose(style.blur(x), F.conv2d(x, kernel, padding=1, groups=3), atol=1e-6)
+    assert torch.autograd.gradcheck(style.blur, x[:1, :2, :4, :3].double().requires_grad_())
+
+
+def test_in_bfloat16_images_take_half_the_memory():
+    """Of what is kept for the backward pass nothing but the smallest layers' is float32."""
+    encoder, decoder = build(base_channels=8, resolution=64)
+    x, z, kept = normals(1, 1, 64, 64), normals(1, 3), {}
+
+    def keep(value):
+        if value.dim() == 4 and value.shape[-1] >= 16 and value.shape[1] > 1:
+            kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    numbers = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        kept.clear()
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+                outputs = (*encoder(x), decoder(z))
+        assert {value.dtype for value in kept.values()} == {dtype}
+        numbers[dtype] = len(kept)
+    assert numbers[torch.bfloat16] == numbers[torch.float32] and outputs[2].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("level, blend", [(0, 1.0), (1, 0.0), (1, 0.3), (1, 1.0), (2, 0.5), (2, 1.0)])
