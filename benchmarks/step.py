@@ -71,6 +71,8 @@ class Case:
     parts: tuple[str, ...] = ("switches",)
     peak: str = "convolution"
     needs_gpu: bool = False
+    others: dict[str, list[str]] = field(default_factory=dict)
+    """Further rows with every switch off: what a row has, and its settings."""
 
     @property
     def family(self) -> str:
@@ -83,7 +85,10 @@ CASES = {
         "mlp, points in the plane", "digits_mlp", 512,
         ["model.sample_shape=[2,1,1]", "model.latent_dim=2", "model.num_hidden=256", "model.num_layers=3"], peak="matrix",
     ),
-    "conv256": Case("conv, 256 pixels (CelebA-HQ)", "celebahq256_conv", 4, parts=()),
+    "conv256": Case(
+        "conv, 256 pixels (CelebA-HQ)", "celebahq256_conv", 4, parts=(),
+        others={"blocks from 128 pixels on computed again": ["engine.recompute_from_pixels=128"]},
+    ),
     "style256": Case("style, 256 pixels (CelebA-HQ)", "celebahq256_style", 2, parts=()),
     "conv256_b32": Case("conv, 256 pixels (CelebA-HQ)", "celebahq256_conv", 32, needs_gpu=True),
     "style256_b32": Case("style, 256 pixels (CelebA-HQ)", "celebahq256_style", 32, needs_gpu=True),
@@ -120,6 +125,7 @@ def contenders(case: Case, wanted: list[str], device_type: str) -> list[Contende
             ]
         found.append(Contender("ours, BatchNorm", "ours", (), batch_norm))
     found.append(Contender("ours", "ours"))
+    found += [Contender(f"ours, {name}", "ours", (), overrides) for name, overrides in case.others.items()]
     there = [
         name for name in wanted if case.family in SWITCHES[name].families and device_type in SWITCHES[name].devices
     ]
@@ -131,7 +137,7 @@ def contenders(case: Case, wanted: list[str], device_type: str) -> list[Contende
         if len(together) > 2:
             rest = {name: tuple(other for other in together if other != name) for name in together}
             found += [Contender(f"ours + all but {name}", "ours", others) for name, others in rest.items()]
-    else:
+    elif together:
         found.append(Contender("ours + all", "ours", together))
         if "compile" in together:  # whose FLOPs and passes nobody can count; without it is what a GPU runs by default
             rest = tuple(name for name in together if name != "compile")
