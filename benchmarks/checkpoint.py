@@ -1,6 +1,6 @@
 """What a checkpoint costs the step that begins it, and those that follow while it is written. Prints a table and writes it.
 
-    python benchmarks/checkpoint.py [--resolution 64] [--batch-size 4] [--rounds 3] [--output benchmarks/results]
+    python -m benchmarks.checkpoint [--resolution 64] [--batch-size 4] [--rounds 3] [--output benchmarks/results]
 
 The networks of configs/celebahq256_conv.yaml, with a level less for each halving of its pixels, trained by the trainer itself
 on drawn shapes. Each round: steps by themselves; a save in the background; one that is
@@ -142,7 +142,7 @@ def main() -> None:
     lines = [
         "# Checkpoints in the background",
         "",
-        f"`python benchmarks/checkpoint.py --resolution {options.resolution} --batch-size {options.batch_size} --rounds {options.rounds}` on {machine()}"
+        f"`python -m benchmarks.checkpoint --resolution {options.resolution} --batch-size {options.batch_size} --rounds {options.rounds}` on {machine()}"
         f"{'' if group.device.type == 'cpu' else ', ' + torch.cuda.get_device_name()}, torch {torch.__version__}, one thread for training,",
         f"a local disk. The networks of configs/celebahq256_conv.yaml at {options.resolution} pixels, {options.batch_size} images a step; a checkpoint of {size / 1e6:,.0f} MB. Medians.",
         "Where a machine is shared, the clock also counts what other programs took; the processor's time does not, nor does it count waiting.",

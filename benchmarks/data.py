@@ -1,6 +1,6 @@
 """What feeding images costs: CPU time per image of decoding alone, of sivae's reader over local disk and over S3, and of others.
 
-    python benchmarks/data.py [--images 160] [--work FOLDER] [--output benchmarks/results] [--peer]
+    python -m benchmarks.data [--images 160] [--work FOLDER] [--output benchmarks/results] [--peer]
 
 One table from one run on one machine, on photo-like 1024-pixel images with FFHQ's bytes (benchmarks/photos.py). CPU time is the
 whole reading process's, all threads and the kernel's work for it; the S3 server (moto, on loopback) is another process. Every
@@ -27,11 +27,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import photos
 import torch
 from PIL import Image
 
 import sivae
+from benchmarks import photos
 from sivae.data import ImageStream
 from sivae.data.decode import DECODERS
 from sivae.data.pack import pack
@@ -226,7 +226,7 @@ def run(options: argparse.Namespace, work: str) -> str:
         sizes[key] = int(index.size.sum()) / index.count
     lines = [
         "# The cost of feeding images", "",
-        f"Made by `python benchmarks/data.py` with sivae {sivae.__version__}, torch {torch.__version__}, on {machine()}.",
+        f"Made by `python -m benchmarks.data` with sivae {sivae.__version__}, torch {torch.__version__}, on {machine()}.",
         f"{options.images} images, batches of {BATCH}, median of {ROUNDS} rounds; CPU time of the reading process alone.", "",
     ]  # fmt: skip
     shards = {key: len(ImageStream(folder, batch_size=1).index.shards) for key, folder in sets.items()}

@@ -1,6 +1,6 @@
 """How well the digits recipe learns, beside the published settings at the same images. Prints a table, writes it and a picture.
 
-    python benchmarks/digits.py [--output benchmarks/results] [--only NAME ...] [--seeds 0 1 2]
+    python -m benchmarks.digits [--output benchmarks/results] [--only NAME ...] [--seeds 0 1 2]
 
 Every row is a run of `sivae train` over 30 epochs (53,904 images), judged from its saved checkpoints in eval mode:
 Fréchet distance in pixel space ([0, 1], 256 pixels) of 2,000 samples to the 1,797 digits, mean squared error of their
@@ -76,7 +76,7 @@ def main() -> None:
     lines = [
         f"# Digits: {time.strftime('%Y-%m-%d')}, {machine()}, torch {torch.__version__}",
         "",
-        f"`python benchmarks/digits.py`. Floor of the distance, between two halves of the real digits: {frechet_distance(moments(even), moments(odd)):.2f}.",
+        f"`python -m benchmarks.digits`. Floor of the distance, between two halves of the real digits: {frechet_distance(moments(even), moments(odd)):.2f}.",
         "",
         "| run | seed | mode | distance after 10, 20, 30 epochs | reconstruction error | minutes |",
         "|---|---|---|---|---|---|",

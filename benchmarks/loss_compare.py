@@ -1,8 +1,8 @@
 """Do two versions, or two settings, train alike? Runs the same seed with both and compares every logged term of every step.
 
-    python benchmarks/loss_compare.py --base main                                   # a revision against the working tree
-    python benchmarks/loss_compare.py --base v1 --test HEAD --config configs/digits.yaml schedule.batch_size=8
-    python benchmarks/loss_compare.py --test-with engine.zero_stage=2               # a setting against none, same tree
+    python -m benchmarks.loss_compare --base main                                   # a revision against the working tree
+    python -m benchmarks.loss_compare --base v1 --test HEAD --config configs/digits.yaml schedule.batch_size=8
+    python -m benchmarks.loss_compare --test-with engine.zero_stage=2               # a setting against none, same tree
 
 Prints the largest relative difference of each term, and exits with 1 when one is above --tolerance or a term is missing.
 Practice after torchtitan's scripts/loss_compare.py.

@@ -1,6 +1,6 @@
 """Memory and time of a real training step at 1024 pixels on a CPU, beside what `sivae plan` expects. Prints a table and writes it.
 
-    python benchmarks/memory.py [--output benchmarks/results] [--families conv style] [--batches 1 2] [--steps 2]
+    python -m benchmarks.memory [--output benchmarks/results] [--families conv style] [--batches 1 2] [--steps 2]
 
 Every row is a process of its own, which takes some steps through the real DeepSpeed engines at the batch given. Measured is
 what torch's allocator handed out during the last step, at its highest, beyond what lay there before it (weights, optimizer
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.digits import machine
 from sivae import config, distributed, randomness
 from sivae.config import Config
 from sivae.state import TrainingState, peak_memory_bytes
@@ -89,7 +90,6 @@ def main() -> None:
         family, batch_size, *overrides = options.one
         print(json.dumps(measure(settings_of(family, overrides), int(batch_size), options.steps)))
         return
-    from digits import machine  # a script's own folder is on the path
 
     head = HEAD.format(date=date.today(), machine=machine(), torch=torch.__version__)
     rows = []
@@ -98,15 +98,9 @@ def main() -> None:
             for name, overrides in SETTINGS.items():
                 expected = trace_step(settings_of(family, overrides), batch_size, device_type="cpu").activation_bytes
                 command = [
-                    sys.executable,
-                    __file__,
-                    "--steps",
-                    str(options.steps),
-                    "--one",
-                    family,
-                    str(batch_size),
+                    sys.executable, "-m", "benchmarks.memory", "--steps", str(options.steps), "--one", family, str(batch_size),
                     *overrides,
-                ]
+                ]  # fmt: skip
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 found = json.loads(done.stdout.splitlines()[-1])
                 rows.append(
@@ -121,7 +115,7 @@ def main() -> None:
 HEAD = """\
 # Memory of a training step at 1024 pixels: {date}, {machine}, torch {torch}
 
-`python benchmarks/memory.py`. Networks: those of [ffhq1024_conv](../../configs/ffhq1024_conv.yaml) and
+`python -m benchmarks.memory`. Networks: those of [ffhq1024_conv](../../configs/ffhq1024_conv.yaml) and
 [ffhq1024_style](../../configs/ffhq1024_style.yaml), this one at its last level. Real steps through the real engines, on the CPU.
 *Planned* is what `sivae plan` counts on shapes alone; *measured* what the step held at its highest beyond weights, optimizer
 and average. The resident set is the whole process. The time is that of a shared machine, and says only that a step runs.

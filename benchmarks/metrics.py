@@ -1,6 +1,6 @@
 """What the Fréchet statistics cost beside the detector that they need. Prints a table and writes it.
 
-    python benchmarks/metrics.py [--images 10000] [--device auto] [--output benchmarks/results]
+    python -m benchmarks.metrics [--images 10000] [--device auto] [--output benchmarks/results]
 
 The detector is a stand-in with random weights: a TorchScript file that takes uint8, resizes inside and returns 2,048
 features, as Inception-v3 does, at about a twentieth of its cost, so that what the sums add weighs twenty times as much here.
@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from digits import machine
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.digits import machine
 from sivae.data import open_stream
 from sivae.data.pack import pack
 from sivae.distributed import pick_device
@@ -105,7 +105,7 @@ def main() -> None:
     lines = [
         f"# Fréchet statistics: {time.strftime('%Y-%m-%d')}, {machine()}, {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}, {torch.get_num_threads()} threads",
         "",
-        f"`python benchmarks/metrics.py --images {options.images}`. The detector is a stand-in of {flops / 1e9:.2f} GFLOP an image, 1 /"
+        f"`python -m benchmarks.metrics --images {options.images}`. The detector is a stand-in of {flops / 1e9:.2f} GFLOP an image, 1 /"
         f" {INCEPTION_FLOPS / flops:.0f} of Inception-v3's, with {detector.dim:,} features.",
         "",
         f"| {options.images:,} images | seconds | of the detector's time |",

@@ -1,7 +1,7 @@
 """Outliers on handwritten digits: a VAE beside Soft-IntroVAE, with the same network, images and settings. Prints a table, writes
 it and two pictures.
 
-    python benchmarks/ood.py [--output benchmarks/results] [--seeds 0 1 2] [--runs FOLDER]
+    python -m benchmarks.ood [--output benchmarks/results] [--seeds 0 1 2] [--runs FOLDER]
 
 Both are trained by configs/digits.yaml on three quarters of scikit-learn's digits and judged on the last quarter. The
 outliers are that quarter altered, textures of the two photographs that scikit-learn ships, and noise. With --runs the trained
@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from digits import machine
 
 import sivae
+from benchmarks.digits import machine
 from sivae import config, images, outliers, trainer
 from sivae.config.objective import VaeObjective
 from sivae.data import open_stream
@@ -176,7 +176,7 @@ def write(options: argparse.Namespace, data: str, runs: Path) -> None:
     lines = [
         f"# Outliers on digits: {time.strftime('%Y-%m-%d')}, {machine()}, torch {torch.__version__}",
         "",
-        f"`python benchmarks/ood.py --seeds {' '.join(map(str, options.seeds))}`. A VAE and Soft-IntroVAE by configs/digits.yaml, {TOTAL_IMAGES:,} images; {len(digits)} digits"
+        f"`python -m benchmarks.ood --seeds {' '.join(map(str, options.seeds))}`. A VAE and Soft-IntroVAE by configs/digits.yaml, {TOTAL_IMAGES:,} images; {len(digits)} digits"
         f" held out, as many outliers of each kind; {NUM_SAMPLES} latent draws. AUROC, mean over the seeds; in brackets"
         " the 95% bootstrap interval of each seed. Below 0.5 a score takes outliers for inliers.",
         "",

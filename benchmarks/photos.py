@@ -1,6 +1,6 @@
 """Photo-like images with FFHQ's bytes per image, for benchmarks and trials without the 89 GB.
 
-    python benchmarks/photos.py FOLDER [--count 300] [--resolution 1024]
+    python -m benchmarks.photos FOLDER [--count 300] [--resolution 1024]
 
 Each is a random crop of one of the two photographs that scikit-learn ships, enlarged, turned, recoloured, with a little
 camera noise: what makes a PNG of a photograph large. FFHQ's mean is 1.27 MB at 1024 pixels; these come to within a tenth.

@@ -1,6 +1,6 @@
 """Seconds from a fault to the next training step, and what they are made of. Prints a table and writes it.
 
-    python benchmarks/recovery.py [--output benchmarks/results] [--repeats 3]
+    python -m benchmarks.recovery [--output benchmarks/results] [--repeats 3]
 
 A digits run on two workers of a Ray of two raylets on this machine; a worker or a raylet is really killed. The parts: until the
 driver says who was lost, until all workers of the next group have joined, until the next logged step. Two settings of Ray for
@@ -114,7 +114,7 @@ def main() -> None:
     lines = [
         f"# From a fault to the next step: {time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, Ray {ray.__version__}, torch {torch.__version__}",
         "",
-        f"`python benchmarks/recovery.py`, medians of {options.repeats}, in seconds. Two workers on two raylets of one machine, digits.",
+        f"`python -m benchmarks.recovery`, medians of {options.repeats}, in seconds. Two workers on two raylets of one machine, digits.",
         "",
         "| killed | a silent node counts as dead | fault noticed | new workers started | state restored, one step | total |",
         "|---|---|---|---|---|---|",

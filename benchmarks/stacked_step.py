@@ -1,6 +1,6 @@
 """What a step costs one model: stepped by itself as `sivae train` does, and in a stack. Prints a table and writes it.
 
-    python benchmarks/stacked_step.py [--models 5] [--rounds 15] [--output benchmarks/results]
+    python -m benchmarks.stacked_step [--models 5] [--rounds 15] [--output benchmarks/results]
 
 The published MLP at a batch of 512. One model at a time goes through the two engines (`sivae.step.train_step`, with draws,
 gate and averages, without reading data); the stack through `sivae.stacked_step`. Both in turn in one process on one thread,
@@ -95,7 +95,7 @@ def main() -> None:
     lines = [
         "# Stacked steps",
         "",
-        f"`python benchmarks/stacked_step.py --models {len(seeds)}` on {machine()}, torch {torch.__version__}; CPU milliseconds of one",
+        f"`python -m benchmarks.stacked_step --models {len(seeds)}` on {machine()}, torch {torch.__version__}; CPU milliseconds of one",
         "thread for a step of one model, median of the rounds, and how many times faster that is than one float32 model at a time.",
         "",
         f"| | {' | '.join(OBJECTIVES)} |",

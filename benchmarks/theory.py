@@ -1,6 +1,6 @@
 """The picture of docs/theory.md: what gamma does, when the equilibrium is one, and IntroVAE's hinge beside it.
 
-python benchmarks/theory.py [--output docs/theory.png]
+python -m benchmarks.theory [--output docs/theory.png]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The 2D table of the Soft-IntroVAE paper: {VAE, IntroVAE, Soft-IntroVAE} on densities in the plane, mean over seeds.
 
-    python benchmarks/toy2d.py [--densities NAME ...] [--methods NAME ...] [--seeds N ...] [--table-only]
+    python -m benchmarks.toy2d [--densities NAME ...] [--methods NAME ...] [--seeds N ...] [--table-only]
 
 A cell is a method on a density: the recipe of configs/toy2d, 2,000 steps as a VAE and 28,000 more, of 512 points. Its missing
 seeds are trained together, and their figures stored under results/toy2d as soon as they are there; killed and run again, it

@@ -1,6 +1,6 @@
 """Image translation on drawn shapes, whose true translations are known. Prints a table, writes it and a picture.
 
-    python benchmarks/translation.py [--output benchmarks/results] [--config configs/shapes_translation.yaml] [--seeds 0 1 2]
+    python -m benchmarks.translation [--output benchmarks/results] [--config configs/shapes_translation.yaml] [--seeds 0 1 2]
                                      [--images N] [--lpips FILE]
 
 Both rows of models are runs of `sivae train` on the config: with its objective, and as a VAE (same networks, data, draws,
@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 import torch
-from digits import machine  # a script's own folder is on the path
 from torch import Tensor
 
 import sivae
+from benchmarks.digits import machine
 from sivae import config, images, trainer
 from sivae.data.sources import open_source
 from sivae.data.sources.shapes import NUM_CONTENTS
@@ -96,7 +96,7 @@ def main() -> None:
     lines = [
         f"# Translation: {time.strftime('%Y-%m-%d')}, {machine()}, torch {torch.__version__}",
         "",
-        f"`python benchmarks/translation.py{more}`: {options.config}, {total:,} images,"
+        f"`python -m benchmarks.translation{more}`: {options.config}, {total:,} images,"
         f" {int(pairs.both_differ.sum()):,} pairs. Error: mean squared, values in [0, 1].",
         "",
         "| | seed | error of translation after 1/4, 1/2, 3/4 and all of the run | error of reconstruction | LPIPS of translation"

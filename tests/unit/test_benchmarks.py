@@ -5,12 +5,14 @@ pytest tests/unit/test_benchmarks.py
 """
 
 import argparse
+import importlib
 import math
 
 import pytest
 
 from benchmarks import contenders, loss_compare, scaling, step, toy2d
 from sivae import config, distributed
+from tests.processes import ROOT
 
 SMALL = ["model.channels=[8,16]", "model.latent_dim=4", "engine.precision=float32"]
 
@@ -149,3 +151,10 @@ def test_the_2d_table_says_which_seeds_are_finite_and_cover_every_mode():
     for other in (fewer, blurred):
         assert toy2d.coverage([whole, other]) == ["2 of 2 seeds finite", f"every mode covered by 1 of 2{short}"]
     assert toy2d.coverage([whole, broken]) == [f"1 of 2 seeds finite{short}", f"every mode covered by 1 of 2{short}"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_runs_as_a_module(path):
+    """`python -m benchmarks.NAME`, as each says of itself and of the table it made."""
+    assert importlib.import_module(f"benchmarks.{path.stem}").__doc__
+    assert f"python benchmarks/{path.name}" not in path.read_text()
