@@ -36,7 +36,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _one_image(x: Tensor) -> Tensor:
-    return x.reshape(1, -1, *x.shape[2:])
+    # Contiguous: of an image with channels last and a gradient without, or the other way round, torch 2.13 makes wrong numbers.
+    return x.contiguous().view(1, -1, *x.shape[2:])
 
 
 class _InstanceNorm(torch.autograd.Function):

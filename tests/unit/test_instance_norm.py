@@ -22,19 +22,45 @@ def style():
 
 
 def plain(x, style, eps):
+    """Written out: F.instance_norm's own backward pass is wrong of one image whose gradient has channels last."""
     scale, shift = style[:, :, None, None].chunk(2, dim=1)
-    statistics = torch.cat([x.mean((2, 3)), x.std((2, 3), correction=0)], dim=1)
-    return F.instance_norm(x, eps=eps) * (1 + scale) + shift, statistics
+    variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
+    y = (x - mean) / (variance + eps).sqrt() * (1 + scale) + shift
+    return y, torch.cat([mean, variance.sqrt()], dim=1).flatten(1)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("eps", [1e-8, 1e-1])
-def test_equals_torch(x, style, eps, layout):
-    x = x.contiguous(memory_format=layout)
-    for found, expected in zip(instance_norm(x, style, eps), plain(x, style, eps)):
-        assert torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
-    y, _ = instance_norm(x, None, eps)
-    assert torch.allclose(y, F.instance_norm(x, eps=eps), atol=1e-5)
+def laid_out(x, layout):
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    if layout == "every other pixel":
+        return torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
+    return x.contiguous(memory_format=torch.channels_last if layout == "channels last" else torch.contiguous_format)
+
+
+LAYOUTS = ["contiguous", "channels last", "expanded", "every other pixel"]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("layout_of_gradient", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_torch_in_every_layout(x, style, layout, layout_of_gradient, count, dtype, tolerance):
+    x = laid_out(x.to(dtype)[:count], layout).detach().requires_grad_()
+    style = style[:count].detach().requires_grad_()
+    by_y = laid_out(torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype), layout_of_gradient)
+    by_statistics = torch.randn(count, 6, generator=torch.Generator().manual_seed(3))
+    found = instance_norm(x, style, 1e-5)
+    exact_inputs = [value.detach().double().requires_grad_() for value in (x, style)]
+    exact = plain(*exact_inputs, 1e-5)
+    gradients = torch.autograd.grad(found, (x, style), (by_y, by_statistics))
+    exact_gradients = torch.autograd.grad(exact, exact_inputs, (by_y.double(), by_statistics.double()))
+    for value, expected in zip((*found, *gradients), (*exact, *exact_gradients)):
+        assert (value - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_without_a_style():
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(instance_norm(x, None, 0.1)[0], F.instance_norm(x, eps=0.1), atol=1e-6)
 
 
 @pytest.mark.parametrize("outputs", [(0,), (1,), (0, 1)])
