@@ -367,7 +367,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception:  # noqa: BLE001 - said as Python says it
         sys.excepthook(*sys.exc_info())
         code = EXIT_ERROR
-    if (distributed := sys.modules.get("sivae.distributed")) is not None:
+    distributed = sys.modules.get("sivae.distributed")
+    if distributed is not None and distributed.joined:
         distributed.end_process(code)
     return code
 

@@ -8,11 +8,12 @@ on a stop never waits for the GPU.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -22,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sivae.errors import UserError
+
+joined = False  # whether this process ever had a group, and must end by `end_process`
 
 
 @dataclass(frozen=True)
@@ -167,9 +170,11 @@ def join(device_choice: str = "auto", timeout_sec: float = 1800.0) -> Iterator[G
     A group of several is left in the end, but not after an error: leaving may wait for ranks that no longer come. A group of
     one stays until the process ends, because DeepSpeed holds on to the first one it meets: so a notebook can train twice.
     """
+    global joined
     device = pick_device(device_choice)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    joined = True
     ours = not dist.is_initialized()
     timeout = timedelta(seconds=timeout_sec)
     if ours:
@@ -200,11 +205,18 @@ def end_process(code: int) -> NoReturn:
     wait for Python, and Python ends whoever still waits for it then; in the midst of C++ that aborts the process, whose work is
     done and saved (SIGABRT, "terminate called without an active exception", once in some hundred runs on a busy machine).
     """
-    threading._shutdown()
+    with suppress(KeyboardInterrupt):
+        threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
+        if stream is None or stream.closed:
+            continue
         try:
             stream.flush()
-        except (AttributeError, OSError, ValueError):  # none is open, or nobody reads it any more
+        except OSError as error:
             code = code or 1
+            if not isinstance(error, BrokenPipeError):  # of which the reader knows
+                with suppress(OSError):
+                    print(f"sivae: error: cannot write {stream.name}: {error.strerror}", file=sys.stderr, flush=True)
+    ctypes.CDLL(None).fflush(None)  # what libraries print themselves
     os._exit(code)

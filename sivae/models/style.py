@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sivae.models import recompute
 from sivae.models.conv import append_labels
-from sivae.models.instance_norm import instance_norm
+from sivae.models.instance_norm import adaptive_instance_norm, instance_norm
 
 SLOPE = 0.2  # of every leaky ReLU, as published
 GAIN = math.sqrt(2)  # of weights that a leaky ReLU follows
@@ -166,10 +166,10 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = F.leaky_relu(self.conv1(x, self.bias1), SLOPE, inplace=True)
-        x, statistics1 = instance_norm(x, None, eps=1e-5)
+        x, statistics1 = instance_norm(x, eps=1e-5)
         x = self.conv2(blur(x), self.bias2)
         x = F.leaky_relu(x if self.fused else F.avg_pool2d(x, 2), SLOPE, inplace=True)
-        x, statistics2 = instance_norm(x, None, eps=1e-5)
+        x, statistics2 = instance_norm(x, eps=1e-5)
         return x, self.style1(statistics1) + self.style2(statistics2)
 
 
@@ -204,7 +204,7 @@ class DecoderBlock(nn.Module):
 
     def _norm(self, x: Tensor, style: Tensor) -> Tensor:
         if self.level:
-            return instance_norm(x, style, eps=1e-8)[0]
+            return adaptive_instance_norm(x, style, eps=1e-8)
         # Published weights start flat here. Of what is the same at each pixel torch's norm leaves the rounding that theirs does.
         scale, shift = style[:, :, None, None].chunk(2, dim=1)
         return F.instance_norm(x, eps=1e-8) * (scale + 1) + shift
@@ -225,7 +225,8 @@ def add_noise(x: Tensor, weight: Tensor, mode: str, layer: int) -> Tensor:
         return x
     if mode == "mean":
         sigma = math.sqrt(layer // 2 + 1)
-        return x + (1 - SLOPE) * sigma / math.sqrt(2 * math.pi) * torch.exp(-x.square() / (2 * sigma**2))
+        added = (1 - SLOPE) * sigma / math.sqrt(2 * math.pi) * torch.exp(-x.square() / (2 * sigma**2))
+        return x + added.to(x.dtype)  # a GPU's autocast makes it float32
     size = x.shape[-1]
     if mode == "fixed":
         noise = _fixed_noise(layer, size).to(x)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sivae.models import recompute
 from sivae.models.conv import SLOPE, make_blocks, make_norm
-from sivae.models.instance_norm import instance_norm
+from sivae.models.instance_norm import adaptive_instance_norm
 
 
 class _Features(nn.Module):
@@ -78,7 +78,7 @@ class AdaptiveInstanceNorm(nn.Module):
         self.affine = nn.Linear(style_dim, 2 * width)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        return instance_norm(x, self.affine(style), eps=1e-5)[0]
+        return adaptive_instance_norm(x, self.affine(style), eps=1e-5)
 
 
 class _AdaptiveBlock(nn.Module):

@@ -103,7 +103,7 @@ def test_what_reads_ends_with_the_training_even_if_a_frame_is_kept(damaged, tmp_
     """A report of substitutes leaves the loop's frame alive. Who reads would then live on, and hold up the end by half a minute."""
     path, _ = damaged
     settings = arguments(path, tmp_path / "run", "data.on_corrupt=substitute", "data.num_workers=1")
-    code = "import multiprocessing, sivae.cli; sivae.cli.main(); print('left:', multiprocessing.active_children())"
+    code = "import multiprocessing, sys, sivae.cli; sivae.cli.main(sys.argv[1:]); print('left:', multiprocessing.active_children())"
     process = subprocess.run([sys.executable, "-c", code, *settings], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_SEC)  # fmt: skip
     assert "left: []" in done(process).stdout, process.stdout
 

@@ -4,6 +4,7 @@ pytest tests/unit/test_startup.py
 """
 
 import gc
+import os
 import subprocess
 import sys
 
@@ -68,14 +69,54 @@ def test_a_thread_of_gloo_that_waits_for_python_does_not_abort_the_end():
     )
     for _ in range(4):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stdout, done.stderr) == (7, "the threads the callbacks ", "")
+        assert (done.returncode, done.stdout) == (7, "the threads the callbacks "), done.stderr
+
+
+@pytest.mark.parametrize(
+    "ending, code, said",
+    [
+        ("| cat", 0, ""),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("> /dev/full", 1, "sivae: error: cannot write <stdout>: No space left"),
+    ],
+)
+def test_the_last_words_are_written_or_it_is_said(ending, code, said):
+    program = "import ctypes; from sivae import distributed; print('ours'); ctypes.CDLL(None).puts(b'theirs'); distributed.end_process(0)"
+    # Unbuffered, print itself would fail.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" {ending}', sys.executable, program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=buffered)
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
+    assert sorted(done.stdout.split()) == (["ours", "theirs"] if ending in ("| cat", "2>&-") else [])
 
 
 def test_an_end_that_nobody_reads_is_an_error():
-    program = "from sivae import distributed; print('said'); distributed.end_process(0)"
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    program = "import sys; from sivae import distributed; sys.stdin.read(); print('said'); distributed.end_process(0)"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=buffered,
+    )
     process.stdout.close()
-    assert process.wait(60) == 1
+    process.stdin.close()
+    assert process.wait(60) == 1 and process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_command_ends_the_process_itself_where_it_had_a_group(joined):
+    program = (
+        "import os, sys; from sivae import cli, commands, distributed\n"
+        "def end(code): print('ended', code, flush=True); os._exit(9)\n"
+        f"distributed.end_process, distributed.joined = end, {joined}\n"
+        "commands.COMMANDS['check'] = lambda options: 3\n"
+        "sys.argv = ['sivae', 'check', 'set']; sys.exit(cli.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == ((9, "ended 3\n") if joined else (3, "")), done.stderr
 
 
 @pytest.mark.parametrize("said", ["RuntimeError: of ours", "SystemExit: 3"])

@@ -205,6 +205,16 @@ def test_a_fused_layer_is_the_convolution_with_the_box():
         assert torch.allclose(fused(x), expected, atol=1e-5), resize
 
 
+def test_in_bfloat16_a_level_fades_in():
+    encoder, decoder = build(noise="none")
+    x, z = normals(2, 1, 16, 16), normals(2, 3)
+    expected = (*encoder(x, level=2, blend=0.3), decoder(z, level=2, blend=0.3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = (*encoder(x, level=2, blend=0.3), decoder(z, level=2, blend=0.3))
+    for value, exact in zip(found, expected):
+        assert value.dtype == torch.bfloat16 and (value - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 def test_blur_is_the_binomial_kernel():
     kernel = torch.tensor([1.0, 2.0, 1.0])
     kernel = (kernel[:, None] * kernel / 16).expand(3, 1, 3, 3)
