@@ -10,6 +10,7 @@ import torch
 
 from sivae import config, trainer
 from tests.processes import run_sivae
+from tests.unit.test_instance_norm import of_both
 
 pytestmark = pytest.mark.gpu
 
@@ -72,3 +73,19 @@ def test_training_between_two_log_lines_never_waits_for_the_gpu(cache_dir, tmp_p
          "tracking.log_images=160", "tracking.progress=false"],
     )  # fmt: skip
     assert trainer.train(settings).images_seen == 320
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_instance_norm_is_that_of_the_cpu(dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    x, by_y = (torch.randn(2, 3, 32, 32, generator=generator).to(dtype) for _ in range(2))
+    style, by_statistics = (torch.randn(2, 6, generator=generator) for _ in range(2))
+    found = {}
+    for device in ("cpu", "cuda"):
+        given = [value.to(device).requires_grad_() for value in (x * 3 + 5, style)]
+        outputs = of_both(*given, 1e-5)
+        gradients = torch.autograd.grad(outputs, given, (by_y.to(device), by_statistics.to(device)))
+        assert gradients[0].dtype == outputs[0].dtype == dtype and outputs[1].dtype == torch.float32
+        found[device] = [value.float().cpu() for value in (*outputs, *gradients)]
+    for value, expected in zip(found["cuda"], found["cpu"]):
+        assert (value - expected).abs().max() <= tolerance * expected.abs().max()
