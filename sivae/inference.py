@@ -12,7 +12,8 @@ import json
 import math
 import os
 import re
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from sivae.latents import slerp
 from sivae.objectives import reparameterize
 from sivae.randomness import fixed_latents
 from sivae.storage import Folder
+
+if TYPE_CHECKING:
+    from sivae.distributed import Group
 
 SETTINGS_FILE, WEIGHTS_FILE, TARGET_FILE = "sivae.json", "model.safetensors", "target_decoder.safetensors"
 
@@ -230,7 +234,8 @@ def load(
     """A ready model. Of a run the running average of the weights, or with `weights="plain"` those that were trained; an exported
     folder holds one of the two.
 
-    Raises UserError when there is no model at `path`, a damaged one, or one of other weights than asked for.
+    A run's newest checkpoint; a damaged one is told on stderr and the one before it taken. Raises UserError when there is no model
+    at `path`, a damaged one, or one of other weights than asked for.
     """
     if weights not in ("average", "plain", None):
         raise UserError(f"weights: {weights!r} is neither 'average' nor 'plain'")
@@ -248,7 +253,7 @@ def load(
     if name is not None and run.exists("checkpoints", name, "manifest.json"):
         found = checkpoint.read(run, name, (file,))
     else:
-        found = checkpoint.read_newest(folder, report=lambda line: None, files=(file,))
+        found = checkpoint.read_newest(folder, report=_tell, files=(file,))
     if found is None:
         raise UserError(
             f"{path}: holds no model; give a run directory with checkpoints or a folder made by `sivae export` or `sivae import`"
@@ -266,6 +271,36 @@ def load(
     )
     fill(model, next(iter(found.tensors.values())), path)
     return model
+
+
+def load_on_all(path: str, group: Group, *, weights: str | None = None) -> Model:
+    """`load` on every rank of what rank 0 finds: a run that goes on meanwhile may have a newer checkpoint for whoever looks later."""
+    model = None
+
+    def find() -> tuple[dict[str, Any], dict[str, Any], str | None]:
+        nonlocal model
+        model = load(path, device=group.device, weights=weights)
+        return model.settings, model.info, model.weights
+
+    settings, info, kind = group.on_main(find)
+    tensors = group.broadcast(None if model is None else _tensors(model))
+    if model is None:
+        model = Model(settings, group.device, info, kind)
+        fill(model, tensors, path)
+    return model
+
+
+def _tensors(model: Model) -> dict[str, Tensor]:
+    """`encoder.*` and `decoder.*`: what `fill` takes."""
+    return {
+        f"{name}.{key}": value
+        for name in ("encoder", "decoder")
+        for key, value in getattr(model, name).state_dict().items()
+    }
+
+
+def _tell(line: str) -> None:
+    print(f"sivae: {line}", file=sys.stderr)
 
 
 def check_truncation(truncation: float, truncation_layers: int | None) -> None:
@@ -344,11 +379,7 @@ def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = N
     from safetensors.torch import save as save_tensors
 
     folder = Folder(dest)
-    tensors = {
-        f"{name}.{key}": value.cpu().contiguous()
-        for name in ("encoder", "decoder")
-        for key, value in getattr(model, name).state_dict().items()
-    }
+    tensors = {name: value.cpu().contiguous() for name, value in _tensors(model).items()}
     if target_decoder is not None:
         folder.write(save_tensors({key: value.contiguous() for key, value in target_decoder.items()}), TARGET_FILE)
     weights = save_tensors(tensors)

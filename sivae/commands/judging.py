@@ -26,7 +26,7 @@ def evaluate(options: argparse.Namespace) -> None:
     detectors = dict(pair.partition("=")[::2] for pair in options.detector)
     require(all(detectors.values()), "--detector: is written NAME=FILE, for example dinov2=dinov2-vitl14.pt")
     with distributed.join(options.device) as group:
-        model = group.together(lambda: inference.load(options.model, device=group.device, weights=options.weights))
+        model = inference.load_on_all(options.model, group, weights=options.weights)
         stream = group.together(lambda: open_set(options.data, options.split, model, progress=group.is_main))
         metrics = tuple(options.metrics.split(","))
         if options.protocol:

@@ -36,7 +36,7 @@ def encode(options: argparse.Namespace) -> None:
 
     require(options.batch_size > 0, f"--batch-size: {options.batch_size} is not a number of images")
     with distributed.join(options.device) as group:
-        model = group.together(lambda: inference.load(options.model, device=group.device, weights=options.weights))
+        model = inference.load_on_all(options.model, group, weights=options.weights)
         stream = group.together(lambda: open_set(options.data, options.split, model, progress=group.is_main))
         encoded = encode_set(
             model, stream, Folder(options.dest), group, split=options.split, file_format=options.format,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import sivae
 from sivae import checkpoint, inference, models
 from sivae.config import parse_model
+from sivae.distributed import Group
 from sivae.errors import UserError
 from sivae.images import to_float
 from sivae.objectives import reparameterize
@@ -310,12 +311,44 @@ def test_a_run_without_an_average_has_plain_weights(tmp_path):
         sivae.load(tmp_path, weights="average")
 
 
-def test_a_damaged_newest_checkpoint_gives_the_one_before_it(run):
+def test_a_damaged_newest_checkpoint_gives_the_one_before_it_and_is_told(run, capfd):
     folder, models_of = run
     folder.write(b"garbage", "checkpoints", "000000000200", "average.safetensors")
     assert torch.equal(sivae.load(folder.url).sample(2), models_of[100][0].sample(2))
+    (told,) = capfd.readouterr().err.splitlines()
+    assert "000000000200" in told and "is damaged" in told and told.endswith("trying the checkpoint before it")
     with pytest.raises(UserError, match="damaged"):
         sivae.load(f"{folder.url}/checkpoints/000000000200")
+
+
+def test_every_rank_has_the_model_that_rank_0_found(run):
+    """A newer checkpoint may come between two ranks' looks: the others do not look."""
+    folder, models_of = run
+    sent = {}
+
+    class Main(Group):
+        def broadcast(self, tensors):
+            sent["tensors"] = tensors
+            return tensors
+
+        def on_main(self, work):
+            sent["found"] = work()
+            return sent["found"]
+
+    class Other(Main):
+        def broadcast(self, tensors):
+            assert tensors is None
+            return sent["tensors"]
+
+        def on_main(self, work):
+            return sent["found"]
+
+    cpu = torch.device("cpu")
+    first = inference.load_on_all(f"{folder.url}/checkpoints/000000000100", Main(0, 2, cpu, None))
+    other = inference.load_on_all(folder.url, Other(1, 2, cpu, None))
+    for model in (first, other):
+        assert torch.equal(model.sample(2), models_of[100][0].sample(2))
+        assert (model.info["images_seen"], model.weights) == (100, "average")
 
 
 def test_what_is_no_model_is_refused(tmp_path):
