@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,6 @@ from sivae.latents import slerp
 from sivae.objectives import reparameterize
 from sivae.randomness import fixed_latents
 from sivae.storage import Folder
-
-if TYPE_CHECKING:
-    from sivae.distributed import Group
 
 SETTINGS_FILE, WEIGHTS_FILE, TARGET_FILE = "sivae.json", "model.safetensors", "target_decoder.safetensors"
 
@@ -273,24 +270,7 @@ def load(
     return model
 
 
-def load_on_all(path: str, group: Group, *, weights: str | None = None) -> Model:
-    """`load` on every rank of what rank 0 finds: a run that goes on meanwhile may have a newer checkpoint for whoever looks later."""
-    model = None
-
-    def find() -> tuple[dict[str, Any], dict[str, Any], str | None]:
-        nonlocal model
-        model = load(path, device=group.device, weights=weights)
-        return model.settings, model.info, model.weights
-
-    settings, info, kind = group.on_main(find)
-    tensors = group.broadcast(None if model is None else _tensors(model))
-    if model is None:
-        model = Model(settings, group.device, info, kind)
-        fill(model, tensors, path)
-    return model
-
-
-def _tensors(model: Model) -> dict[str, Tensor]:
+def tensors_of(model: Model) -> dict[str, Tensor]:
     """`encoder.*` and `decoder.*`: what `fill` takes."""
     return {
         f"{name}.{key}": value
@@ -379,7 +359,7 @@ def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = N
     from safetensors.torch import save as save_tensors
 
     folder = Folder(dest)
-    tensors = {name: value.cpu().contiguous() for name, value in _tensors(model).items()}
+    tensors = {name: value.cpu().contiguous() for name, value in tensors_of(model).items()}
     if target_decoder is not None:
         folder.write(save_tensors({key: value.contiguous() for key, value in target_decoder.items()}), TARGET_FILE)
     weights = save_tensors(tensors)

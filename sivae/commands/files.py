@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from sivae.storage import Folder
 if TYPE_CHECKING:
     from sivae.data import ImageStream
     from sivae.data.sources import Sample
+    from sivae.distributed import Group
 
 
 def read_images(
@@ -97,6 +98,23 @@ def load_model(options: argparse.Namespace) -> inference.Model:
     from sivae.distributed import pick_device
 
     return inference.load(options.model, device=pick_device(options.device), weights=options.weights)
+
+
+def load_on_all(options: argparse.Namespace, group: Group) -> inference.Model:
+    """What `inference.load` gives rank 0, on every rank: a run that goes on may have a newer checkpoint for whoever looks later."""
+    model = None
+
+    def find() -> tuple[dict[str, Any], dict[str, Any], str | None]:
+        nonlocal model
+        model = inference.load(options.model, device=group.device, weights=options.weights)
+        return model.settings, model.info, model.weights
+
+    settings, info, weights = group.on_main(find)
+    tensors = group.broadcast(None if model is None else inference.tensors_of(model))
+    if model is None:
+        model = inference.Model(settings, group.device, info, weights)
+        inference.fill(model, tensors, options.model)
+    return model
 
 
 def write_picture(path: str, picture: np.ndarray) -> None:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 
 from sivae import inference
-from sivae.commands.files import load_model, open_set, read_images, require, split_path
+from sivae.commands.files import load_model, load_on_all, open_set, read_images, require, split_path
 from sivae.errors import require_matplotlib, shown
 from sivae.storage import Folder
 
@@ -26,7 +26,7 @@ def evaluate(options: argparse.Namespace) -> None:
     detectors = dict(pair.partition("=")[::2] for pair in options.detector)
     require(all(detectors.values()), "--detector: is written NAME=FILE, for example dinov2=dinov2-vitl14.pt")
     with distributed.join(options.device) as group:
-        model = inference.load_on_all(options.model, group, weights=options.weights)
+        model = load_on_all(options, group)
         stream = group.together(lambda: open_set(options.data, options.split, model, progress=group.is_main))
         metrics = tuple(options.metrics.split(","))
         if options.protocol:

@@ -12,6 +12,7 @@ import torch
 from sivae import figures, inference
 from sivae.commands.files import (
     load_model,
+    load_on_all,
     open_images,
     open_set,
     read_images,
@@ -36,7 +37,7 @@ def encode(options: argparse.Namespace) -> None:
 
     require(options.batch_size > 0, f"--batch-size: {options.batch_size} is not a number of images")
     with distributed.join(options.device) as group:
-        model = inference.load_on_all(options.model, group, weights=options.weights)
+        model = load_on_all(options, group)
         stream = group.together(lambda: open_set(options.data, options.split, model, progress=group.is_main))
         encoded = encode_set(
             model, stream, Folder(options.dest), group, split=options.split, file_format=options.format,

@@ -5,6 +5,7 @@ are bitwise, BatchNorm's buffers included; and that what is no model, or a damag
 """
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 import sivae
 from sivae import checkpoint, inference, models
+from sivae.commands import files
 from sivae.config import parse_model
 from sivae.distributed import Group
 from sivae.errors import UserError
@@ -344,8 +346,10 @@ def test_every_rank_has_the_model_that_rank_0_found(run):
             return sent["found"]
 
     cpu = torch.device("cpu")
-    first = inference.load_on_all(f"{folder.url}/checkpoints/000000000100", Main(0, 2, cpu, None))
-    other = inference.load_on_all(folder.url, Other(1, 2, cpu, None))
+    first = files.load_on_all(
+        Namespace(model=f"{folder.url}/checkpoints/000000000100", weights=None), Main(0, 2, cpu, None)
+    )
+    other = files.load_on_all(Namespace(model=folder.url, weights=None), Other(1, 2, cpu, None))
     for model in (first, other):
         assert torch.equal(model.sample(2), models_of[100][0].sample(2))
         assert (model.info["images_seen"], model.weights) == (100, "average")
