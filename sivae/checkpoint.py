@@ -101,9 +101,9 @@ def best(run: Folder) -> dict[str, Any] | None:
         return None
 
 
-def set_best(run: Folder, name: str, figure: str, value: float) -> None:
-    """Note that `name` is the best checkpoint so far: `save` keeps it."""
-    run.write(json.dumps({"name": name, "figure": figure, "value": value}).encode(), "checkpoints", BEST)
+def set_best(run: Folder, name: str, judged: dict[str, Any]) -> None:
+    """Note that `name` is the best checkpoint so far, and what was judged of it: `save` keeps it."""
+    run.write(json.dumps({"name": name} | judged).encode(), "checkpoints", BEST)
 
 
 def read(run: Folder, name: str, files: tuple[str, ...] | None = None) -> Checkpoint:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -77,6 +77,12 @@ class Group:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def patient(self) -> Group:
+        """The same ranks, which wait for rank 0 up to a day: for what it computes alone. A collective."""
+        if self.world_size == 1:
+            return self
+        return replace(self, control=dist.new_group(backend="gloo", timeout=timedelta(days=1)))
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0 and give its result to all. What it raises is raised on every rank: nobody waits for a dead rank 0."""

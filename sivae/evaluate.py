@@ -36,10 +36,6 @@ FOLDER = "evaluations"
 PUBLISHED_IMAGES, PUBLISHED_BATCH = 50_000, 32
 
 
-class NonFinite(UserError):
-    """The model's images, or what a detector makes of them, hold NaN or infinity: there is nothing to judge. Raised on every rank."""
-
-
 @dataclass(frozen=True)
 class Protocol:
     """How a model is judged, but for the detectors' files and the real images, which `Evaluation` adds."""
@@ -100,6 +96,7 @@ class Evaluation:
         )  # one rank fetches, and the others find the files
         group.together(lambda: self._open(detectors or {}, lpips, cache_dir))
         self.real: dict[str, _Features] = {}
+        self.patient = group.patient()
 
     def _resolve(self, protocol: Protocol, detectors: dict[str, str]) -> tuple[tuple[Figure, ...], Protocol]:
         """What to compute, and from how many images. What needs no detector is checked first: those may have to be fetched."""
@@ -141,23 +138,24 @@ class Evaluation:
                 raise UserError("lpips: needs its weights; give a TorchScript file of them with --lpips PATH_OR_URL")
             self.lpips = features.open_lpips(lpips, self.stream.resolution, self.group.device, cache_dir)
 
-    def describe(self) -> dict[str, Any]:
-        """The whole protocol as plain JSON: what figures must share to be compared."""
-        fields = asdict(self.protocol)
-        stream = self.stream
-        kinds = {figure.kind for figure in self.figures}
+    def describe(self, figures: tuple[Figure, ...] | None = None) -> dict[str, Any]:
+        """The whole protocol as plain JSON: what figures must share to be compared; or the protocol of some of the figures."""
+        figures = figures or self.figures
+        fields, stream = asdict(self.protocol), self.stream
+        kinds = {figure.kind for figure in figures}
+        used = {figure.detector for figure in figures if figure.detector}
         described = {
             "name": fields["name"],
-            "metrics": [figure.name for figure in self.figures],
+            "metrics": [figure.name for figure in figures],
             "reals": {
                 "digest": stream.digest, "split": list(stream.index.splits), "count": fields["num_reals"], "of": len(stream),
                 "resolution": stream.resolution,
             },
             "uint8": f"rounded {'to the nearest' if fields['rounding'] == 'nearest' else 'down'}",
             "mode": fields["mode"], "batch_size": fields["batch_size"],
-            "detectors": [detector.protocol for detector in self.detectors.values()],
+            "detectors": [detector.protocol for name, detector in self.detectors.items() if name in used],
         }  # fmt: skip
-        if self.detectors:
+        if used:
             described["fakes"] = {name: fields[name] for name in ("seed", "truncation", "truncation_layers")}
             described["fakes"] |= {"count": fields["num_fakes"], "labels": "classes in turn"}
         if "kernel" in kinds:
@@ -166,7 +164,7 @@ class Evaluation:
             described["precision_recall_neighbours"] = precision_recall.PR_NEIGHBOURS
         if kinds & {"density", "coverage"}:
             described["density_coverage_neighbours"] = precision_recall.DC_NEIGHBOURS
-        if self.lpips is not None:
+        if "lpips" in kinds:
             described["lpips"] = {"sha256": self.lpips.sha256}
         return described
 
@@ -174,7 +172,8 @@ class Evaluation:
     def run(self, model: Model) -> dict[str, float]:
         """The figures by name; a kernel distance also with its deviation over the subsets, as NAME_deviation.
 
-        Raises NonFinite when the model makes such, and UserError when it is no model for this protocol.
+        Raises UserError, on every rank, when it is no model for this protocol, and when there is nothing to judge: a real image
+        that cannot be read, or NaN and infinity in the model's images or in what a detector makes of them.
         """
         self.group.together(lambda: self._check_model(model))
         protocol = self.protocol
@@ -191,7 +190,7 @@ class Evaluation:
             if of_features:
                 fake = self._collect(list(self.detectors), protocol.num_fakes, self._samples(model), "samples")
             figures = self._judge_reconstructions(model) if of_reconstructions else {}
-        figures |= self.group.on_main(lambda: self._judge_features(fake))
+        figures |= self.patient.on_main(lambda: self._judge_features(fake))
         deviations = [f"{figure.name}_deviation" for figure in self.figures if figure.kind == "kernel"]
         return {name: figures[name] for name in [*(figure.name for figure in self.figures), *deviations]}
 
@@ -291,7 +290,7 @@ class Evaluation:
             for tensor in collected.tensors().values():
                 self.group.sum(tensor)
             if not bool(collected.sums.total.isfinite().all()):
-                raise NonFinite(f"detector {name}: its features of the {what} are not finite", shared=True)
+                raise UserError(f"detector {name}: its features of the {what} are not finite", shared=True)
         return found
 
     def _judge_features(self, fake: dict[str, _Features]) -> dict[str, float]:
@@ -338,7 +337,7 @@ class Evaluation:
         means = dict(zip(kinds, (self.group.sum(sums) / count).tolist()))
         for kind, mean in means.items():
             if math.isnan(mean):
-                raise NonFinite(f"{kind}: is not a number for some of the real images; nothing is judged", shared=True)
+                raise UserError(f"{kind}: is not a number for some of the real images; nothing is judged", shared=True)
         return means
 
     def _reconstruction(self, kind: str, real: Tensor, again: Tensor) -> Tensor:
@@ -372,7 +371,7 @@ class Evaluation:
     def _refuse_nonfinite(self, bad: Tensor, what: str) -> None:
         count = int(self.group.sum(bad).item())
         if count:
-            raise NonFinite(f"{count:,} {what} of this model hold NaN or infinity; nothing is judged", shared=True)
+            raise UserError(f"{count:,} {what} of this model hold NaN or infinity; nothing is judged", shared=True)
 
     def _advance(self, count: int) -> None:
         # Rank 0's bar stands for all ranks, whose shares are equal but for a batch.

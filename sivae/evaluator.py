@@ -6,6 +6,8 @@ that a run killed between the checkpoint and the pointer finds its best again.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import sys
 from dataclasses import replace
@@ -19,7 +21,7 @@ from sivae.config import Config
 from sivae.data import open_stream
 from sivae.distributed import Group
 from sivae.errors import UserError, shown
-from sivae.evaluate import Evaluation, NonFinite, Protocol, departures, write
+from sivae.evaluate import Evaluation, Protocol, departures, write
 from sivae.storage import Folder
 
 
@@ -62,6 +64,14 @@ class Evaluator:
         )  # fmt: skip
         group.together(lambda: self.evaluation.check(model.model_dump()))
         self.decides = self.evaluation.figures[0]
+        described = json.dumps(self.evaluation.describe((self.decides,)), sort_keys=True)
+        self.protocol = hashlib.sha256(described.encode()).hexdigest()[:16]
+        best = group.on_main(lambda: checkpoint.best(run))
+        if best is not None and not self._comparable(best) and group.is_main:
+            print(
+                f"sivae: the best checkpoint so far ({best['name']}) was judged in another way; the next that is judged takes its place",
+                file=sys.stderr,
+            )
 
     @property
     def _weights(self) -> str:
@@ -79,7 +89,7 @@ class Evaluator:
         self.figures, self.judged = {}, None
         try:
             found = self.evaluation.run(model)
-        except NonFinite as error:
+        except UserError as error:  # such as an image that cannot be read: no reason to lose a run
             return str(error)
         self.figures = {f"evaluate/{name}": value for name, value in found.items()}
         value = found[self.decides.name]
@@ -93,7 +103,7 @@ class Evaluator:
         """What a checkpoint keeps of its own judgement."""
         if self.judged is None or self.judged[0] != images_seen:
             return None
-        return {"figure": self.decides.name, "value": self.judged[1]}
+        return {"figure": self.decides.name, "value": self.judged[1], "protocol": self.protocol}
 
     def is_best(self, images_seen: int) -> bool:
         """Whether the weights of this moment were judged better than the best checkpoint. No save may be under way."""
@@ -102,13 +112,17 @@ class Evaluator:
 
     def point(self, name: str, judged: dict[str, Any] | None) -> None:
         """On rank 0: a checkpoint was published or read back, with what was judged of it; it may be the best."""
-        if self.settings.evaluate.every_images is None or judged is None or judged["figure"] != self.decides.name:
+        if self.settings.evaluate.every_images is None or judged is None or not self._comparable(judged):
             return
         if self._beats(judged["value"]):
-            checkpoint.set_best(self.run_folder, name, judged["figure"], judged["value"])
+            checkpoint.set_best(self.run_folder, name, judged)
+
+    def _comparable(self, judged: dict[str, Any]) -> bool:
+        """Whether it is this figure, of the same images by the same protocol."""
+        return (judged["figure"], judged.get("protocol")) == (self.decides.name, self.protocol)
 
     def _beats(self, value: float) -> bool:
         best = checkpoint.best(self.run_folder)
-        if best is None or best["figure"] != self.decides.name:
+        if best is None or not self._comparable(best):
             return True
         return value > best["value"] if self.decides.higher_is_better else value < best["value"]

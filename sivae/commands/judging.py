@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 
 from sivae import inference
-from sivae.commands.files import load_model, load_on_all, open_set, read_images, require, split_path
+from sivae.commands.files import load_model, load_on_all, open_set, read_images, require, write_bytes
 from sivae.errors import require_matplotlib, shown
 from sivae.storage import Folder
 
@@ -77,13 +77,11 @@ def ood(options: argparse.Namespace) -> None:
     results = outliers.compare(inlier, outlier, options.seed)
     for line in outliers.table(results):
         print(line)
-    folder_of_picture, name = split_path(options.output)
-    names = [f"{shown(url)} {split}" for url, split in sets]
-    folder_of_picture.write(outliers.histograms(inlier, outlier, results, *names), name)
-    print(options.output)
     known = {name: (stream, shown(url)) for name, stream, (url, _) in zip(("inlier", "outlier"), streams, sets)}
     kept = outliers.write_figures(folder, model, results, known, options.count, options.samples, options.seed)
     print(f"{kept}: the figures with their protocol")
     calibration = outliers.calibrate(model, inlier, streams[0], options.samples, options.seed)
     kept = outliers.write_calibration(folder, model, calibration)
     print(f"{kept}: thresholds; judge an image with sivae ood {options.model} --judge IMAGE")
+    names = [f"{shown(url)} {split}" for url, split in sets]
+    write_bytes(options.output, outliers.histograms(inlier, outlier, results, *names))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import run_sivae
+from tests.processes import run_sivae, run_torchrun
 from tests.unit.judged import Net, export_model, pack_images, save_script
 
 METRICS = "frechet_pixels,frechet_mine,kernel_mine,precision_mine,coverage_pixels,mse,psnr"
@@ -46,6 +46,26 @@ def test_two_ranks_equal_one(data, tmp_path):
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert figures(model) == pytest.approx(found[0], rel=1e-9, abs=1e-9)
+
+
+PATIENT = """
+import sys, time
+from sivae import distributed, evaluate
+from sivae.data import open_stream
+with distributed.join("cpu", timeout_sec=15) as group:
+    stream = open_stream(sys.argv[1], split="all", resolution=8, batch_size=1, progress=False)
+    judging = evaluate.Evaluation(stream, evaluate.Protocol(("mse",)), group)
+    judging.patient.on_main(lambda: time.sleep(20))
+    distributed.end_process(0)
+"""
+
+
+def test_ranks_wait_for_what_rank_0_computes_alone(data, tmp_path):
+    """Longer than for anything else: large figures take it an hour."""
+    script = tmp_path / "wait.py"
+    script.write_text(PATIENT)
+    done = run_torchrun(2, [str(script), data])
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_wrong_argument_is_said_once(data, tmp_path):

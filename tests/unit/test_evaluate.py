@@ -15,7 +15,7 @@ from sivae import inference, real_statistics
 from sivae.cli import main
 from sivae.data import open_stream
 from sivae.errors import UserError
-from sivae.evaluate import Evaluation, NonFinite, Protocol
+from sivae.evaluate import Evaluation, Protocol
 from sivae.images import to_float
 from sivae.inference import load, weights_digest
 from sivae.metrics import kid, precision_recall, reconstruction
@@ -269,7 +269,7 @@ def test_features_that_are_not_finite_are_not_kept_for_later(data, tmp_path):
 
 def test_an_lpips_that_is_not_a_number_is_no_figure(data, tmp_path):
     lpips = save_script(NanLpips(), tmp_path / "lpips.pt")
-    with pytest.raises(NonFinite, match="lpips: is not a number for some of the real images; nothing is judged"):
+    with pytest.raises(UserError, match="lpips: is not a number for some of the real images; nothing is judged"):
         judge(data, Protocol(("mse", "lpips")), lpips=lpips)
 
 
@@ -352,9 +352,9 @@ def test_a_model_that_makes_nan_is_not_judged(data):
     model = make_model()
     with torch.no_grad():
         model.decoder.head.bias += torch.nan
-    with pytest.raises(NonFinite, match="80 samples of this model hold NaN"):
+    with pytest.raises(UserError, match="80 samples of this model hold NaN"):
         judge(data, FEW, model)
-    with pytest.raises(NonFinite, match="1,100 reconstructions"):
+    with pytest.raises(UserError, match="1,100 reconstructions"):
         judge(data, Protocol(("mse",)), model)
 
 

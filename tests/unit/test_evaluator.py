@@ -12,7 +12,7 @@ import torch
 
 import sivae
 from sivae import checkpoint, config, inference, trainer
-from sivae.data import open_stream
+from sivae.data import ImageStream, open_stream
 from sivae.errors import UserError
 from sivae.evaluate import Evaluation, Protocol
 from sivae.storage import Folder
@@ -52,7 +52,9 @@ def names(folder: Path):
 
 
 def best(folder: Path):
-    return checkpoint.best(Folder(str(folder)))
+    """Name, figure and value."""
+    found = checkpoint.best(Folder(str(folder)))
+    return found and {key: found[key] for key in ("name", "figure", "value")}
 
 
 def test_the_figures_are_those_of_the_averaged_weights(train, cache_dir):
@@ -158,6 +160,30 @@ def test_another_deciding_figure_starts_anew(train):
     train("schedule.total_images=64", values=[5.0, 3.0])
     train("evaluate.metrics=[psnr]", values=[1.0, 0.5, 0.4])
     assert best(train.folder) == {"name": "000000000096", "figure": "psnr", "value": 1.0}
+
+
+def test_another_protocol_starts_anew_and_says_so(train, capsys):
+    train("schedule.total_images=64", values=[5.0, 3.0])
+    train(
+        "schedule.total_images=96", "evaluate.metrics=[mse,psnr]", values=[6.0]
+    )  # one figure more changes nothing of mse
+    assert best(train.folder)["value"] == 3.0 and "judged in another way" not in capsys.readouterr().err
+    train("evaluate.num_reals=500", values=[7.0, 8.0])
+    assert best(train.folder) == {"name": "000000000128", "figure": "mse", "value": 7.0}
+    assert "(000000000064) was judged in another way" in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_read_costs_a_judgement_and_not_the_run(train, monkeypatch, capsys):
+    def fail(self, numbers):
+        raise UserError("its bytes are damaged")
+
+    sample = ImageStream.sample
+    monkeypatch.setattr(
+        ImageStream, "sample", lambda self, numbers: (fail if len(numbers) == 64 else sample)(self, numbers)
+    )
+    result = train()
+    assert result.images_seen == 160 and best(train.folder) is None and not lines(train.folder)
+    assert "its bytes are damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
