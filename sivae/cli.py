@@ -38,6 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
             help="of a run: the running average (default, as in training's pictures) or the plain weights",
         )  # fmt: skip
 
+    def add_keep(command: argparse.ArgumentParser, what: str) -> None:
+        command.add_argument(
+            "--keep", metavar="FOLDER", help=f"where {what} are kept, path or URL; by default beside the model"
+        )
+
     train = add("train", "Train, or go on where the run directory's newest checkpoint stands.")
     train.add_argument("config", help="YAML file; path or URL")
     train.add_argument(
@@ -217,6 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="as the paper's figures were made: 50,000 samples, the first 50,000 training images, uint8 rounded down, no "
         "truncation, averaged weights, BatchNorm in train mode",
     )  # fmt: skip
+    add_keep(evaluate, "the figures")
     evaluate.add_argument("--num-fakes", type=int, metavar="N", help="samples (default 50000)")
     evaluate.add_argument("--num-reals", type=int, metavar="N", help="only the first N of the split; all by default")
     evaluate.add_argument("--seed", type=int, help="of the samples and of KID's subsets (default 0)")
@@ -242,6 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
     ood.add_argument("--samples", type=int, default=16, metavar="K", help="latent draws for each image (default 16)")
     ood.add_argument("--seed", type=int, default=0, help="of the draws and of the bootstrap")
     ood.add_argument("--output", default="ood.png", help="picture of the scores' histograms")
+    add_keep(ood, "figures and thresholds")
     ood.add_argument("--judge", metavar="IMAGE", help="an image file, or a set with #N: is it an outlier?")
     ood.add_argument(
         "--score", default="negative_elbo",

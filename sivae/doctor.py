@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 import time
-import uuid
 
 import torch
 
@@ -109,9 +108,7 @@ def _check_config(path: str, overrides: list[str], line) -> None:
         return
     try:
         folder = Folder(settings.run.directory, settings.run.storage_options)
-        probe = f".doctor-{uuid.uuid4().hex}"
-        folder.write(b"probe", probe)
-        folder.remove(probe)
+        folder.try_writing()
         names = checkpoint.list_names(folder)
         line(
             True,

@@ -154,12 +154,14 @@ class Verdict:
     sentence: str
 
 
-def calibrate(model: Model, inliers: Scores, stream: ImageStream, num_samples: int, seed: int) -> dict[str, Any]:
-    """What `judge` needs: thresholds that 95% of the inliers keep, and what they belong to."""
+def calibrate(
+    model: Model, inliers: Scores, stream: ImageStream, name: str, num_samples: int, seed: int
+) -> dict[str, Any]:
+    """What `judge` needs: thresholds that 95% of the inliers keep, and what they belong to; `name` is what a person calls the set."""
     count = len(next(iter(inliers.values())))
     return {
         "format": 1, "weights_sha256": weights_digest(model), "num_samples": num_samples, "seed": seed,
-        "kept": ood.KEPT, "inliers": {"digest": stream.digest, "count": count},
+        "kept": ood.KEPT, "inliers": {"name": name, "digest": stream.digest, "count": count},
         "scores": {
             name: {
                 "threshold": ood.threshold(values),
@@ -193,6 +195,7 @@ def read_calibration(folder: Folder, model: Model) -> dict[str, Any]:
             and all(isinstance(calibration[key], int) for key in ("num_samples", "seed"))
             and 0 < calibration["kept"] < 1
             and calibration["inliers"]["count"] > 0
+            and isinstance(calibration["inliers"]["name"], str)
             and all(
                 math.isfinite(
                     sum([calibration["scores"][score]["threshold"], *calibration["scores"][score]["quantiles"]])
@@ -205,6 +208,14 @@ def read_calibration(folder: Folder, model: Model) -> dict[str, Any]:
     if not whole:
         raise UserError(f"{folder.url}/{name}: is damaged; {again} again")
     return calibration
+
+
+def inliers_of_calibration(folder: Folder, model: Model) -> str | None:
+    """Their name, where thresholds of these weights are kept."""
+    try:
+        return read_calibration(folder, model)["inliers"]["name"]
+    except UserError:
+        return None
 
 
 def carry_calibration(source: Folder, dest: Folder, model: Model) -> None:
@@ -220,12 +231,12 @@ def judge(model: Model, image: Tensor, calibration: dict[str, Any], name: str = 
     if not math.isfinite(value):
         raise UserError(f"{name} of this image is not finite; nothing is judged")
     held = calibration["scores"][name]
-    limit, quantiles, count = held["threshold"], held["quantiles"], calibration["inliers"]["count"]
+    limit, quantiles, inliers = held["threshold"], held["quantiles"], calibration["inliers"]
     is_outlier = value > limit
     percent = 100 * (1 - np.interp(value, quantiles, np.linspace(0, 1, len(quantiles))))
     sentence = (
-        f"{'outlier' if is_outlier else 'inlier'}; {name} is {value:.4g}, and {calibration['kept']:.0%} of {count:,} inliers"
-        f" stay below {limit:.4g}; {'less than 1' if percent < 1 else f'about {percent:.0f}'}% of them score as high"
+        f"{'outlier' if is_outlier else 'inlier'}; {name} is {value:.4g}, and {calibration['kept']:.0%} of {inliers['count']:,} inliers"
+        f" ({inliers['name']}) stay below {limit:.4g}; {'less than 1' if percent < 1 else f'about {percent:.0f}'}% of them score as high"
     )
     return Verdict(is_outlier, value, limit, sentence)
 

@@ -9,6 +9,7 @@ import os
 import posixpath
 import random
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from glob import has_magic
@@ -173,6 +174,12 @@ class Folder:
                 self.fs.put_file(local_path, self.join(*names), **self._limit(os.path.getsize(local_path)))
 
         self._guard("write", put, *names)
+
+    def try_writing(self) -> None:
+        """Write a small file and delete it. Raises UserError when that cannot be done: before the work whose results go here."""
+        probe = f".probe-{uuid.uuid4().hex}"
+        self.write(b"probe", probe)
+        self.remove(probe)
 
     def remove(self, *names: str) -> None:
         """Delete a file or a whole subfolder; nothing happens when it is not there."""

@@ -27,6 +27,7 @@ def evaluate(options: argparse.Namespace) -> None:
     require(all(detectors.values()), "--detector: is written NAME=FILE, for example dinov2=dinov2-vitl14.pt")
     with distributed.join(options.device) as group:
         model = load_on_all(options, group)
+        group.on_main(lambda: _kept_in(options).try_writing())
         stream = group.together(lambda: open_set(options.data, options.split, model, progress=group.is_main))
         metrics = tuple(options.metrics.split(","))
         if options.protocol:
@@ -43,8 +44,8 @@ def evaluate(options: argparse.Namespace) -> None:
         def tell() -> None:
             for name, value in figures.items():
                 print(f"{name} {value:.6g}")
-            run = Folder(inference.run_of(options.model)[0])
-            print(f"{write(run, evaluation, figures, model, shown(options.data))}: the figures with their protocol")
+            kept = write(_kept_in(options), evaluation, figures, model, shown(options.data))
+            print(f"{kept}: the figures with their protocol")
 
         group.on_main(tell)
 
@@ -56,7 +57,7 @@ def ood(options: argparse.Namespace) -> None:
     require(options.seed >= 0, f"--seed: {options.seed} is negative")
     model = load_model(options)
     require(len(model.sample_shape) == 3, "this model is not one of images")
-    folder = Folder(inference.run_of(options.model)[0])
+    folder = _kept_in(options)
     if options.judge:
         require(not (options.inlier or options.outlier), "--judge: goes without --inlier and --outlier")
         image, _ = read_images(options.judge, model, 1)
@@ -70,6 +71,7 @@ def ood(options: argparse.Namespace) -> None:
     sets = [(options.inlier, options.inlier_split), (options.outlier, options.outlier_split)]
     streams = [open_set(url, split, model) for url, split in sets]
     outliers.check_sets(*streams, options.count)
+    folder.try_writing()
     if not model.info.get("objective"):
         kind, weight = outliers.weighting(model)
         print(f"{options.model}: does not say how it was trained; the scores take a {kind} of weight {weight:g}")
@@ -80,8 +82,15 @@ def ood(options: argparse.Namespace) -> None:
     known = {name: (stream, shown(url)) for name, stream, (url, _) in zip(("inlier", "outlier"), streams, sets)}
     kept = outliers.write_figures(folder, model, results, known, options.count, options.samples, options.seed)
     print(f"{kept}: the figures with their protocol")
-    calibration = outliers.calibrate(model, inlier, streams[0], options.samples, options.seed)
-    kept = outliers.write_calibration(folder, model, calibration)
-    print(f"{kept}: thresholds; judge an image with sivae ood {options.model} --judge IMAGE")
     names = [f"{shown(url)} {split}" for url, split in sets]
+    calibration = outliers.calibrate(model, inlier, streams[0], names[0], options.samples, options.seed)
+    before = outliers.inliers_of_calibration(folder, model)
+    kept = outliers.write_calibration(folder, model, calibration)
+    replaced = f", in place of those of {before}" if before not in (None, names[0]) else ""
+    print(f"{kept}: thresholds of {names[0]}{replaced}; judge an image with sivae ood {options.model} --judge IMAGE")
     write_bytes(options.output, outliers.histograms(inlier, outlier, results, *names))
+
+
+def _kept_in(options: argparse.Namespace) -> Folder:
+    """Where figures and thresholds are: beside the model, or --keep."""
+    return Folder(options.keep or inference.run_of(options.model)[0])

@@ -203,6 +203,20 @@ def test_the_command_keeps_the_figures_with_their_protocol(data, model_path, cap
     assert main(arguments) == 0 and len(list(path.parent.iterdir())) == 1
 
 
+def test_figures_may_be_kept_elsewhere_and_what_cannot_be_written_is_known_before(
+    data, model_path, tmp_path, capsys, monkeypatch
+):
+    arguments = ["evaluate", model_path, "--data", data, "--metrics", "mse", "--keep"]
+    before = len(list(Path(model_path, "evaluations").iterdir())) if Path(model_path, "evaluations").exists() else 0
+    assert main([*arguments, str(tmp_path / "kept")]) == 0
+    assert len(list((tmp_path / "kept" / "evaluations").iterdir())) == 1
+    assert before == (len(list(Path(model_path, "evaluations").iterdir())) if before else 0)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Evaluation, "run", None)
+    assert main([*arguments, str(tmp_path / "file")]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("weights", ["average", "plain", None])
 def test_the_weights_kept_are_those_that_were_judged(data, tmp_path, capsys, weights):
     path = export_model(tmp_path / "model", weights=weights)

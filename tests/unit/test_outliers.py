@@ -142,7 +142,7 @@ def test_the_command_tells_draws_calibrates_and_judges(sets, tmp_path, capsys):
     loaded = sivae.load(model)
     held = json.loads(Path(model, outliers.calibration_file(loaded)).read_text())
     stream = open_stream(sets[0], split="test", batch_size=1)
-    assert held["inliers"] == {"digest": stream.digest, "count": len(stream)}
+    assert held["inliers"] == {"name": f"{sets[0]} test", "digest": stream.digest, "count": len(stream)}
     (kept,) = Path(model, "evaluations").iterdir()
     written = json.loads(kept.read_text())
     assert f"| kl | {written['figures']['kl']['auroc']['value']:.3f} (" in told and str(kept) in told
@@ -157,6 +157,7 @@ def test_the_command_tells_draws_calibrates_and_judges(sets, tmp_path, capsys):
     Image.fromarray(pixels).save("inlier.png")
     assert main(["ood", model, "--judge", "inlier.png", "--score", "kl"]) == 0
     assert "inlier.png: inlier; kl is " in (told := capsys.readouterr().out) and "about 50% of them" in told
+    assert f"95% of {len(stream)} inliers ({sets[0]} test) stay below" in told
     Image.fromarray(np.full((SIZE, SIZE), 255, np.uint8)).save("white.png")
     limit = held["scores"]["reconstruction"]["threshold"]
     value = outliers.score(loaded, torch.full((1, 1, SIZE, SIZE), 255, dtype=torch.uint8), range(1))["reconstruction"][
@@ -164,6 +165,38 @@ def test_the_command_tells_draws_calibrates_and_judges(sets, tmp_path, capsys):
     ]
     assert main(["ood", model, "--judge", "white.png", "--score", "reconstruction"]) == 0
     assert ("outlier;" if value > limit else "inlier;") in capsys.readouterr().out
+
+
+def test_thresholds_of_other_inliers_are_replaced_and_it_says_so(sets, tmp_path, capsys):
+    model = export_model(tmp_path / "model")
+    assert main(arguments(model, sets)) == 0 and main(arguments(model, sets)) == 0
+    assert "in place of" not in capsys.readouterr().out
+    assert main(arguments(model, sets, "--inlier-split", "train")) == 0
+    assert f"thresholds of {sets[0]} train, in place of those of {sets[0]} test;" in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_written_loses_nothing_else(sets, tmp_path, capsys):
+    model = export_model(tmp_path / "model")
+    Path("taken").mkdir()
+    assert main(arguments(model, sets, "--output", "taken")) == 1
+    assert "cannot write" in capsys.readouterr().err
+    assert Path(model, "evaluations").exists() and Path(model, outliers.calibration_file(sivae.load(model))).exists()
+
+
+def test_figures_and_thresholds_may_be_kept_elsewhere(sets, tmp_path, capsys, monkeypatch):
+    """A published model may lie where nobody can write."""
+    model = export_model(tmp_path / "model")
+    assert main(arguments(model, sets, "--keep", "kept")) == 0
+    (figures, thresholds) = sorted(Path("kept").iterdir())
+    assert figures.name == "evaluations" and thresholds.name == outliers.calibration_file(sivae.load(model))
+    assert sorted(path.name for path in Path(model).iterdir()) == ["README.md", "model.safetensors", "sivae.json"]
+    Image.fromarray(np.zeros((SIZE, SIZE), np.uint8)).save("black.png")
+    assert main(["ood", model, "--judge", "black.png", "--keep", "kept"]) == 0
+    capsys.readouterr()
+    # What cannot be written is known before the work.
+    monkeypatch.setattr(outliers, "score_set", None)
+    Path("file").touch()
+    assert main(arguments(model, sets, "--keep", "file")) == 1 and "cannot write" in capsys.readouterr().err
 
 
 def test_a_threshold_of_other_weights_is_not_used(sets, tmp_path, capsys):
@@ -186,7 +219,7 @@ def test_damaged_thresholds_are_refused(sets, tmp_path, capsys, key):
     loaded = sivae.load(model)
     stream = open_stream(sets[0], split="test", batch_size=1)
     found = outliers.score_set(loaded, stream, count=None, num_samples=1, seed=0)
-    held = outliers.calibrate(loaded, found, stream, 1, 0)
+    held = outliers.calibrate(loaded, found, stream, "set test", 1, 0)
     path = Path(outliers.write_calibration(Folder(model), loaded, held))
     assert outliers.read_calibration(Folder(model), loaded) == held
     path.write_text(json.dumps({name: value for name, value in held.items() if name != key}) if key else "{")
