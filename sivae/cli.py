@@ -302,6 +302,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help="what to change: image file, folder, set; #N picks one; of --data when not given",
     )
+    attribute.add_argument(
+        "--image-label", type=int, metavar="L",
+        help="class of --images, for a conditional model, where their source has none",
+    )  # fmt: skip
     attribute.add_argument("--count", type=int, default=6, help="images to change")
     attribute.add_argument("--steps", type=int, default=7, help="strengths")
     attribute.add_argument(

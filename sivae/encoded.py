@@ -198,9 +198,7 @@ def _write_parts(model, stream, folder, group, what, todo, spans, names, batch_s
 def _present(folder: Folder, what: dict[str, Any], tag: str) -> set[str] | None:
     """Names of the parts that are there already; None when all is. Raises UserError when something else is."""
     index = _read_index(folder)
-    if index is not None:
-        if index["what"] == what:
-            return None
+    if index is not None and index["what"] != what:
         raise UserError(
             f"{shown(folder.url)}: holds an encoded set already, by other weights, of other images or in another format; give"
             " another folder"
@@ -211,6 +209,8 @@ def _present(folder: Folder, what: dict[str, Any], tag: str) -> set[str] | None:
             f"{shown(folder.url)}: holds parts of another encoding, by other weights, of other images or in another format,"
             " that was interrupted; delete them, or give another folder"
         )
+    if index is not None and all(part["name"] in found for part in index["parts"]):
+        return None
     return set(found)
 
 

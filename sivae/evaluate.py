@@ -81,7 +81,8 @@ class Evaluation:
 
     stream: the real images, at the model's resolution. detectors: where their files are, by name (see `open_detector`).
     lpips: a TorchScript file, as PATH_OR_URL#sha256=HEX, that takes two batches [B, 3, H, W] in [-1, 1] and returns their
-    distances. statistics: where features of the real images are kept; None keeps them in this process alone. Raises
+    distances. statistics: where features of the real images are kept; None keeps them in this process alone, and so does an index
+    without checksums. Raises
     UserError when a figure cannot be computed from what there is, before anything is.
     """
 
@@ -89,7 +90,9 @@ class Evaluation:
         self, stream: ImageStream, protocol: Protocol, group: Group, *, detectors: dict[str, str] | None = None,
         lpips: str | None = None, statistics: Folder | None = None, cache_dir: str | None = None, progress: bool = True,
     ):  # fmt: skip
-        self.stream, self.group, self.statistics, self.progress = stream, group, statistics, progress
+        self.stream, self.group, self.progress = stream, group, progress
+        # Without checksums nobody would see that the images of a set were replaced.
+        self.statistics = statistics if stream.index.crc32 is not None else None
         self.figures, self.protocol = group.together(lambda: self._resolve(protocol, detectors or {}))
         group.on_main(
             lambda: self._open(detectors or {}, lpips, cache_dir)

@@ -80,11 +80,16 @@ def attribute(options: argparse.Namespace) -> None:
     require(
         options.label is None or options.data or options.encoded, "--label: of which set? give its --data, or --encoded"
     )
+    require(options.image_label is None or options.images, "--image-label: goes with --images")
     require(options.images or options.data, "give the --images to change, or --data to take the first ones of that set")
     model = load_model(options)
     stream, encoded = _open_latents(options, model)
     if options.images:
-        real, labels = read_images(options.images, model, options.count)
+        real, labels = read_images(options.images, model, options.count, options.image_label)
+        require(
+            not model.num_classes or labels is not None,
+            f"--images: have no labels, and this model is conditional on {model.num_classes} classes; give theirs as --image-label",
+        )
     else:
         first = stream.sample(range(min(options.count, len(stream))))
         real, labels = first.images, first.labels

@@ -74,7 +74,7 @@ class Index:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of everything in the index, hence of all images: equal digests are equal sets."""
+        """sha256 of everything in the index: sets of equal digests have equal images, where the index has checksums."""
         return hashlib.sha256(_canonical(self._content())).hexdigest()
 
     def name(self, sample: int) -> str:

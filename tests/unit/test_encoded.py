@@ -162,9 +162,8 @@ def test_an_interrupted_encoding_is_not_whole_and_goes_on(model, packed, tmp_pat
     lost.unlink()
     with pytest.raises(UserError, match="part-00002"):
         whole(EncodedSet(Folder(dest)))
-    (dest / "encoded.json").unlink()
     encode_all(model, broken, dest)
-    assert seen == list(range(32, 48))
+    assert seen == list(range(32, 48)) and lost.exists()
 
 
 def test_a_damaged_part_is_found(model, packed, tmp_path, monkeypatch, file_format):
@@ -398,6 +397,22 @@ def test_the_commands(here, capsys, packed, pixels):
     np.testing.assert_allclose(two.vector, expected / np.linalg.norm(expected), atol=1e-5)
 
 
+def test_unlabelled_images_of_a_conditional_model_are_given_a_label(here, capsys):
+    arguments = [
+        "attribute",
+        "conditional",
+        "--label",
+        "1",
+        "--data",
+        "set",
+        "--images",
+        "few.npy",
+        "--image-label",
+        "2",
+    ]
+    assert main(arguments) == 0 and Path("attribute.png").exists()
+
+
 def test_interpolate_on_a_sphere(here, pixels):
     assert main(["interpolate", "model", "set#0", "set#1", "--steps", "3", "--spherical"]) == 0
     model = sivae.load("model")
@@ -436,6 +451,8 @@ FIND = ["attribute", "model", "--images", "few.npy"]
         ([*FIND, "--direction", "x.safetensors"], "./x.safetensors: cannot read, there is no such file"),
         (["attribute", "other", "--images", "few.npy", "--direction", "found.safetensors"], "found.safetensors: was found with other weights"),
         (["attribute", "larger", "--images", "few.npy", "--direction", "found.safetensors"], "found.safetensors: is a direction among 16 latent dimensions"),
+        (["attribute", "conditional", "--images", "few.npy", "--label", "1", "--data", "set"], "--images: have no labels, and this model is conditional on 3 classes; give theirs as --image-label"),
+        (["attribute", "model", "--label", "1", "--data", "set", "--image-label", "1"], "--image-label: goes with --images"),
         ([*FIND, "--label", "1", "--data", "set", "--steps", "1"], "--steps: 1 is too few, give 2 or more"),
         ([*FIND, "--label", "1", "--data", "set", "--reach", "0"], "--reach: 0.0 is not a distance above 0"),
     ],

@@ -152,6 +152,15 @@ def test_statistics_are_kept_and_used_again(data, tmp_path, monkeypatch, metric)
     assert without == first == again and len(kept.names()) == 1
 
 
+def test_statistics_of_a_set_without_checksums_are_not_kept(data, tmp_path):
+    """Nobody would see that its images were replaced."""
+    found = open_stream(data, batch_size=1)
+    found.index = replace(found.index, crc32=None)
+    kept = Folder(str(tmp_path))
+    Evaluation(found, FEW, ALONE, statistics=kept, progress=False).run(make_model())
+    assert kept.names() == []
+
+
 def test_statistics_of_another_protocol_are_not_used(data, tmp_path):
     kept = Folder(str(tmp_path / "kept"))
     judge(data, FEW, statistics=kept)
