@@ -25,8 +25,8 @@ def read_images(
 ) -> tuple[Tensor, Tensor | None]:
     """Up to `count` images as the model takes them: uint8 [N, C, H, W], with labels int64 [N]: `label`, or the source's, or None.
 
-    `source` is an image file, a folder, a packed set, an array file, `digits:` or `shapes:`; with `#N` only its image N.
-    The first ones, or with `spread` some from all over it.
+    `source` is an image file, a folder, a packed set, an array file, `digits:` or `shapes:`; with `#N` only its image N, of all
+    splits together. The first ones, or with `spread` some from all over it.
     """
     source, _, number = source.partition("#")
     require(not number or number.isdecimal(), f"{source}#{number}: #N picks an image by its number")
@@ -44,16 +44,14 @@ def read_images(
 
 def open_images(source: str, model: inference.Model) -> Sequence[Sample] | ImageStream:
     """What `read_images` takes images from, for `take`."""
-    from sivae.data import ImageStream
     from sivae.data.sources import DRAWN, IMAGE_SUFFIXES, open_source
 
     require(len(model.sample_shape) == 3, "this model is not one of images")
-    channels, resolution, _ = model.sample_shape
+    _, resolution, _ = model.sample_shape
     if source.lower().endswith(IMAGE_SUFFIXES):
         return [_read_file(source)]
     if source not in DRAWN and Folder(source).exists("index.json"):
-        fitting = {"resolution": resolution, "num_channels": channels, "random_crop": model.random_crop}
-        return ImageStream(source, batch_size=1, **fitting)
+        return open_set(source, "all", model)
     return open_source(source, resolution=resolution)
 
 

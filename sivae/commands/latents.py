@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -58,10 +59,24 @@ def neighbours(options: argparse.Namespace) -> None:
         f"--count: {options.count} is not in 1 .. {len(stream)}, the images of {stream.where}",
     )
     figure, numbers, distances = figures.neighbours(model, image, stream, options.count, labels, encoded)
-    write_figure(options.output, figure)
-    for number, distance in zip(numbers.tolist(), distances.tolist()):
+    picks = _picks(options.data, stream, numbers.tolist())
+    names = [f"#{pick}\n{distance:.2f}" for pick, distance in zip(picks, distances.tolist())]
+    write_figure(options.output, dataclasses.replace(figure, columns=["real", "rec", *names]))
+    for pick, number, distance in zip(picks, numbers.tolist(), distances.tolist()):
         label = "" if stream.index.label is None else f", label {stream.index.label[number]}"
-        print(f"{distance:8.4f}  #{number}, {stream.index.name(number)}{label}")
+        print(f"{distance:8.4f}  #{pick}, {stream.index.name(number)}{label}")
+
+
+def _picks(data: str, stream: ImageStream, numbers: list[int]) -> list[int]:
+    """The N by which `SET#N` picks these images of a stream, which may be one split: their numbers in the whole set."""
+    from sivae.data import Index
+    from sivae.data.sources import DRAWN
+
+    keys = stream.index.key
+    if data in DRAWN:  # packed split by split, and picked in the order of its drawing, which its keys tell
+        return [int(keys[number]) for number in numbers]
+    first = Index.load(stream.folder).key.index(keys[0])
+    return [first + number for number in numbers]
 
 
 def attribute(options: argparse.Namespace) -> None:

@@ -159,6 +159,17 @@ def test_reconstruct_a_folder_an_array_and_a_packed_set(models, here):
     assert np.abs(found[half:].astype(int) - array[half:]).max() <= 1
 
 
+def test_reconstruct_images_of_every_split(models, here):
+    np.save("a.npy", np.random.default_rng(0).integers(0, 256, (5, 16, 16, 1), dtype=np.uint8))
+    for name, splits in (("parted", "test=0:3,train=3:"), ("held_out", "test=0:5")):
+        pack("a.npy", name, resolution=16, splits=splits, progress=False)
+        for number in ("1", "4"):
+            assert main(["reconstruct", models["grey"], f"a.npy#{number}"]) == 0
+            expected = picture("reconstructions.png")
+            assert main(["reconstruct", models["grey"], f"{name}#{number}"]) == 0
+            assert np.array_equal(picture("reconstructions.png")[:84], expected[:84])
+
+
 def test_reconstruct_with_the_labels_of_the_set(models, here):
     assert main(["reconstruct", models["conditional"], "digits:#13"]) == 0
     assert picture("reconstructions.png").shape == size_of_panels(1, 1)

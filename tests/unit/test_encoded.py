@@ -398,19 +398,32 @@ def test_the_commands(here, capsys, packed, pixels):
 
 
 def test_unlabelled_images_of_a_conditional_model_are_given_a_label(here, capsys):
-    arguments = [
-        "attribute",
-        "conditional",
-        "--label",
-        "1",
-        "--data",
-        "set",
-        "--images",
-        "few.npy",
-        "--image-label",
-        "2",
-    ]
-    assert main(arguments) == 0 and Path("attribute.png").exists()
+    arguments = ["--label", "1", "--data", "set", "--images", "few.npy", "--image-label", "2"]
+    assert main(["attribute", "conditional", *arguments]) == 0 and Path("attribute.png").exists()
+
+
+@pytest.mark.parametrize("split, number", [("all", 57), ("train", 7), ("test", 57)])
+def test_the_numbers_of_neighbours_pick_the_same_images(here, capsys, pixels, split, number):
+    """Whatever split they were looked for in, `SET#N` takes them of the whole set."""
+    find = ["neighbours", "model", f"set#{number}", "--data", "set", "--split", split, "--count", "2"]
+    assert main(find) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines[0][:2] == ["0.0000", f"#{number},"]
+    picks = [int(line[1].strip("#,")) for line in lines]
+    query, *found = torch.from_numpy(pixels[[number, *picks]]).permute(0, 3, 1, 2)
+    names = [f"#{pick}\n{float(line[0]):.2f}" for pick, line in zip(picks, lines)]
+    figure = figures.Figure(torch.stack([query, query, *found]), [""], ["real", "rec", *names])
+    assert np.array_equal(picture("neighbours.png"), drawn(figure))
+
+
+def test_the_numbers_of_neighbours_among_drawn_images_pick_them_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SIVAE_CACHE", str(tmp_path / "cache"))
+    tree = {"family": "conv", "num_channels": 3, "resolution": 8, "channels": [8], "latent_dim": 4}
+    inference.export(inference.Model(parse_model(tree).model_dump()), "model")
+    for number in (57, 60):  # of the splits train and test
+        assert main(["neighbours", "model", f"shapes:#{number}", "--data", "shapes:", "--count", "1"]) == 0
+        assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["0.0000", f"#{number},"]
 
 
 def test_interpolate_on_a_sphere(here, pixels):
