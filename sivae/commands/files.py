@@ -42,6 +42,15 @@ def read_images(
     return pixels, labels if label is None else torch.full((len(pixels),), label)
 
 
+def read_image(source: str, model: inference.Model, label: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """The one image that a source is or `#N` picks, as `read_images` gives it. Raises UserError where there are more."""
+    image, labels = read_images(source, model, 2, label)
+    require(
+        len(image) == 1, f"{source}: has more than one image, and one is to be picked; write {source}#N for image N"
+    )
+    return image, labels
+
+
 def open_images(source: str, model: inference.Model) -> Sequence[Sample] | ImageStream:
     """What `read_images` takes images from, for `take`."""
     from sivae.data.sources import DRAWN, IMAGE_SUFFIXES, open_source

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 
 from sivae import inference
-from sivae.commands.files import load_model, load_on_all, open_set, read_images, require, write_bytes
+from sivae.commands.files import load_model, load_on_all, open_set, read_image, require, write_bytes
 from sivae.errors import require_matplotlib, shown
 from sivae.storage import Folder
 
@@ -60,7 +60,7 @@ def ood(options: argparse.Namespace) -> None:
     folder = _kept_in(options)
     if options.judge:
         require(not (options.inlier or options.outlier), "--judge: goes without --inlier and --outlier")
-        image, _ = read_images(options.judge, model, 1)
+        image, _ = read_image(options.judge, model)
         verdict = outliers.judge(model, image, outliers.read_calibration(folder, model), options.score)
         print(f"{options.judge}: {verdict.sentence}")
         return

@@ -16,6 +16,7 @@ from sivae.commands.files import (
     load_on_all,
     open_images,
     open_set,
+    read_image,
     read_images,
     require,
     split_path,
@@ -52,7 +53,7 @@ def encode(options: argparse.Namespace) -> None:
 
 def neighbours(options: argparse.Namespace) -> None:
     model = load_model(options)
-    image, labels = read_images(options.image, model, 1, options.label)
+    image, labels = read_image(options.image, model, options.label)
     stream, encoded = _open_latents(options, model)
     require(
         1 <= options.count <= len(stream),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sivae import figures, images, inference
-from sivae.commands.files import load_model, read_images, require, write_bytes, write_figure, write_picture
+from sivae.commands.files import load_model, read_image, read_images, require, write_bytes, write_figure, write_picture
 from sivae.progress import progress_bar
 from sivae.randomness import fixed_latents
 from sivae.storage import Folder
@@ -63,8 +63,8 @@ def interpolate(options: argparse.Namespace) -> None:
     model = load_model(options)
     require(options.steps >= 2, f"--steps: {options.steps} is too few, both ends make 2")
     require(options.frames >= 2, f"--frames: {options.frames} is too few, both ends make 2")
-    first, labels = read_images(options.first, model, 1, options.label)
-    second, second_labels = read_images(options.second, model, 1, options.label)
+    first, labels = read_image(options.first, model, options.label)
+    second, second_labels = read_image(options.second, model, options.label)
 
     def path(steps: int) -> Tensor:
         between = model.interpolate(first, second, steps, labels, second_labels, spherical=options.spherical)
