@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +29,15 @@ def read_images(
     `source` is an image file, a folder, a packed set, an array file, `digits:` or `shapes:`; with `#N` only its image N, of all
     splits together. The first ones, or with `spread` some from all over it.
     """
-    source, _, number = source.partition("#")
-    require(not number or number.isdecimal(), f"{source}#{number}: #N picks an image by its number")
+    source, number = _split_number(source)
     items = open_images(source, model)
     if label is not None:
         require(model.num_classes, "--label: this model is not conditional on classes")
-    require(not number or int(number) < len(items), f"{source}: has images 0 to {len(items) - 1}, not {number}")
+    require(number is None or number < len(items), f"{source}: has images 0 to {len(items) - 1}, not {number}")
     count = min(count, len(items))
     numbers = np.linspace(0, len(items) - 1, count).astype(int).tolist() if spread else list(range(count))
-    if number:
-        numbers = [int(number)]
+    if number is not None:
+        numbers = [number]
     pixels, labels = take(items, numbers, model)
     return pixels, labels if label is None else torch.full((len(pixels),), label)
 
@@ -81,6 +81,16 @@ def take(
     ]
     pixels = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
     return pixels, None if found[0].label is None else torch.tensor([sample.label for sample in found])
+
+
+def _split_number(source: str) -> tuple[str, int | None]:
+    """A source and the N of its `#N`; None where it has none, or is a file or folder with such a name."""
+    match = re.fullmatch(r"(.*)#([0-9]+)", source, re.DOTALL)
+    folder = Folder(source)
+    # A web server never sees what follows a #.
+    if match is None or (not folder.is_web and folder.exists()):
+        return source, None
+    return match[1], int(match[2])
 
 
 def open_set(url: str, split: str, model: inference.Model, progress: bool = True) -> ImageStream:

@@ -159,6 +159,20 @@ def test_reconstruct_a_folder_an_array_and_a_packed_set(models, here):
     assert np.abs(found[half:].astype(int) - array[half:]).max() <= 1
 
 
+@pytest.mark.parametrize("name", ["Größe 日本 #1.png", "a#7"])
+def test_reconstruct_what_has_a_number_sign_in_its_name(models, here, name):
+    if name.endswith(".png"):
+        save_image(here / name)
+    else:
+        (here / name).mkdir()
+        for index in range(2):
+            save_image(here / name / f"{index}.png", seed=index)
+    assert main(["reconstruct", models["colour"], name]) == 0
+    assert picture("reconstructions.png").shape == size_of_panels(*(1, 1) if name.endswith(".png") else (2, 1))
+    assert main(["reconstruct", models["colour"], f"{name}#0"]) == 0
+    assert picture("reconstructions.png").shape == size_of_panels(1, 1)
+
+
 def test_reconstruct_images_of_every_split(models, here):
     np.save("a.npy", np.random.default_rng(0).integers(0, 256, (5, 16, 16, 1), dtype=np.uint8))
     for name, splits in (("parted", "test=0:3,train=3:"), ("held_out", "test=0:5")):
