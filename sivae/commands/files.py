@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sivae import figures, images, inference
-from sivae.errors import UserError
+from sivae.errors import UserError, shown
 from sivae.storage import Folder
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def open_images(source: str, model: inference.Model) -> Sequence[Sample] | Image
 
     require(len(model.sample_shape) == 3, "this model is not one of images")
     _, resolution, _ = model.sample_shape
-    if source.lower().endswith(IMAGE_SUFFIXES):
+    # A server's file may have a query; elsewhere what looks like one is part of the name.
+    if any(name.lower().endswith(IMAGE_SUFFIXES) for name in (source, source.partition("?")[0])):
         return [_read_file(source)]
     if source not in DRAWN and Folder(source).exists("index.json"):
         return open_set(source, "all", model)
@@ -108,7 +109,7 @@ def _read_file(path: str) -> Sample:
     from sivae.data.sources.pictures import decode
 
     folder, name = split_path(path)
-    return Sample(path, decode(folder.read(name), f"{path}:")[0])
+    return Sample(path, decode(folder.read(name), f"{shown(path)}:")[0])
 
 
 def load_model(options: argparse.Namespace) -> inference.Model:
@@ -149,9 +150,12 @@ def write_bytes(path: str, data: bytes) -> None:
 
 
 def split_path(path: str) -> tuple[Folder, str]:
-    """The folder of a file, at a path or URL, and its name."""
-    folder, slash, name = path.rpartition("/")
-    return Folder(folder or slash or "."), name
+    """The folder of a file, at a path or URL, and its name, with which a query stays. Raises UserError for one in no folder."""
+    from sivae.data.sources.files import split_url
+
+    folder, name = split_url(path)
+    require(not re.fullmatch(r"\w+:/{2,}", folder), f"{path}: lies in no folder; give one, as in {folder}folder/{name}")
+    return Folder(folder), name
 
 
 def require(condition: object, sentence: str) -> None:

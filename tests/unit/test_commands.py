@@ -25,6 +25,8 @@ from sivae.data.pack import pack
 from sivae.doctor import product_speeds
 from sivae.errors import UserError
 from sivae.images import grid, pixels
+from sivae.storage import Folder
+from tests.proxy import FileServer
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "data" / "golden"
@@ -102,6 +104,14 @@ def test_sample_to_an_absolute_path(models, here):
     assert picture(here / "a.png").shape == size_of_grid(1, 1)
 
 
+def test_a_picture_in_no_folder_is_refused(models, here, capsys):
+    sentence = "memory://s.png: lies in no folder; give one, as in memory://folder/s.png"
+    assert failed(["sample", models["grey"], "--output", "memory://s.png"], capsys) == sentence
+    assert not list(here.iterdir())
+    assert main(["sample", models["grey"], "--output", "memory://folder/s.png"]) == 0
+    assert Folder("memory://folder").read("s.png").startswith(b"\x89PNG")
+
+
 def test_sample_of_one_class(models, here):
     assert main(["sample", models["conditional"], "--count", "4", "--label", "7"]) == 0
     model = sivae.load(models["conditional"])
@@ -171,6 +181,19 @@ def test_reconstruct_what_has_a_number_sign_in_its_name(models, here, name):
     assert picture("reconstructions.png").shape == size_of_panels(*(1, 1) if name.endswith(".png") else (2, 1))
     assert main(["reconstruct", models["colour"], f"{name}#0"]) == 0
     assert picture("reconstructions.png").shape == size_of_panels(1, 1)
+
+
+def test_reconstruct_an_image_at_a_url_with_a_query(models, here):
+    save_image(here / "odd.png")
+    assert main(["reconstruct", models["colour"], "odd.png"]) == 0
+    expected = picture("reconstructions.png")
+    server = FileServer(here)
+    try:
+        for url in ("odd.png?x=1", "odd.png?x=a/b.c", "odd.png?x=1#0"):
+            assert main(["reconstruct", models["colour"], f"{server.url}/{url}", "--output", "b.png"]) == 0
+            assert np.array_equal(picture("b.png"), expected)
+    finally:
+        server.kill()
 
 
 def test_reconstruct_images_of_every_split(models, here):
