@@ -26,8 +26,8 @@ def read_images(
 ) -> tuple[Tensor, Tensor | None]:
     """Up to `count` images as the model takes them: uint8 [N, C, H, W], with labels int64 [N]: `label`, or the source's, or None.
 
-    `source` is an image file, a folder, a packed set, an array file, `digits:` or `shapes:`; with `#N` only its image N, of all
-    splits together. The first ones, or with `spread` some from all over it.
+    `source` is an image file, a folder, a packed set or a pyramid of them, an array file, `digits:` or `shapes:`; with `#N`
+    only its image N, of all splits together. The first ones, or with `spread` some from all over it.
     """
     source, number = _split_number(source)
     items = open_images(source, model)
@@ -53,6 +53,7 @@ def read_image(source: str, model: inference.Model, label: int | None = None) ->
 
 def open_images(source: str, model: inference.Model) -> Sequence[Sample] | ImageStream:
     """What `read_images` takes images from, for `take`."""
+    from sivae.data.fit import SMALLEST_LEVEL
     from sivae.data.sources import DRAWN, IMAGE_SUFFIXES, open_source
 
     require(len(model.sample_shape) == 3, "this model is not one of images")
@@ -60,7 +61,9 @@ def open_images(source: str, model: inference.Model) -> Sequence[Sample] | Image
     # A server's file may have a query; elsewhere what looks like one is part of the name.
     if any(name.lower().endswith(IMAGE_SUFFIXES) for name in (source, source.partition("?")[0])):
         return [_read_file(source)]
-    if source not in DRAWN and Folder(source).exists("index.json"):
+    # A packed set has an index, and a pyramid one in each of its levels.
+    folder, places = Folder(source), ((), (str(resolution),), (str(SMALLEST_LEVEL),))
+    if source not in DRAWN and any(folder.exists(*place, "index.json") for place in places):
         return open_set(source, "all", model)
     return open_source(source, resolution=resolution)
 
@@ -113,8 +116,15 @@ def _read_file(path: str) -> Sample:
 
 
 def load_model(options: argparse.Namespace) -> inference.Model:
+    """The model of a command, after a look at the names of the pictures that it is to write."""
     from sivae.distributed import pick_device
 
+    for option, suffix in (("output", ".png"), ("gif", ".gif")):
+        path = getattr(options, option, None)
+        require(
+            path is None or path.lower().endswith(suffix),
+            f"--{option}: {path} is written as {suffix}; name it like that",
+        )
     return inference.load(options.model, device=pick_device(options.device), weights=options.weights)
 
 

@@ -5,6 +5,7 @@ with exit code 1 and one sentence, with a traceback only for `--debug`.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -207,6 +208,17 @@ def test_reconstruct_images_of_every_split(models, here):
             assert np.array_equal(picture("reconstructions.png")[:84], expected[:84])
 
 
+def test_reconstruct_images_of_a_pyramid(models, here, capsys):
+    np.save("a.npy", np.random.default_rng(0).integers(0, 256, (5, 32, 32, 1), dtype=np.uint8))
+    pack("a.npy", "pyramid", resolution=32, pyramid=True, progress=False)
+    for source in ("pyramid/16#3", "pyramid#3"):
+        assert main(["reconstruct", models["grey"], source, "--output", f"{len(source)}.png"]) == 0
+    assert np.array_equal(picture("12.png"), picture("9.png"))
+    shutil.rmtree("pyramid/16")
+    told = failed(["reconstruct", models["grey"], "pyramid#3"], capsys)
+    assert told.startswith("pyramid has the resolutions 4, 8, 32, and not 16")
+
+
 def test_reconstruct_with_the_labels_of_the_set(models, here):
     assert main(["reconstruct", models["conditional"], "digits:#13"]) == 0
     assert picture("reconstructions.png").shape == size_of_panels(1, 1)
@@ -360,6 +372,9 @@ BAD = [
     (["sample", "CONDITIONAL", "--label", "-1"], "--label: -1 is not in 0 .. 9"),
     (["sample", "POINTS"], "not one of images"),
     (["sample", "GREY", "--output", "text.txt/a.png"], "cannot write"),
+    (["sample", "GREY", "--output", "a.jpg"], "--output: a.jpg is written as .png; name it like that"),
+    (["ood", "GREY", "--output", "a"], "--output: a is written as .png"),
+    (["interpolate", "GREY", "digits:#0", "digits:#1", "--gif", "a.png"], "--gif: a.png is written as .gif"),
     (["reconstruct", "POINTS", "digits:"], "not one of images"),
     (["reconstruct", "GREY", "nowhere.png"], "nowhere.png"),
     (["reconstruct", "GREY", "broken.png"], "broken.png: cannot be read as an image"),
