@@ -58,12 +58,14 @@ def open_images(source: str, model: inference.Model) -> Sequence[Sample] | Image
 
     require(len(model.sample_shape) == 3, "this model is not one of images")
     _, resolution, _ = model.sample_shape
-    # A server's file may have a query; elsewhere what looks like one is part of the name.
-    if any(name.lower().endswith(IMAGE_SUFFIXES) for name in (source, source.partition("?")[0])):
+    folder = Folder(source)
+    has_query = folder.is_web and "?" in source  # which files alone have; elsewhere it is part of a name
+    names = (source, source.partition("?")[0]) if has_query else (source,)
+    if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
         return [_read_file(source)]
     # A packed set has an index, and a pyramid one in each of its levels.
-    folder, places = Folder(source), ((), (str(resolution),), (str(SMALLEST_LEVEL),))
-    if source not in DRAWN and any(folder.exists(*place, "index.json") for place in places):
+    places = ((), (str(resolution),), (str(SMALLEST_LEVEL),))
+    if source not in DRAWN and not has_query and any(folder.exists(*place, "index.json") for place in places):
         return open_set(source, "all", model)
     return open_source(source, resolution=resolution)
 

@@ -184,15 +184,18 @@ def test_reconstruct_what_has_a_number_sign_in_its_name(models, here, name):
     assert picture("reconstructions.png").shape == size_of_panels(1, 1)
 
 
-def test_reconstruct_an_image_at_a_url_with_a_query(models, here):
+def test_reconstruct_what_lies_at_a_url_with_a_query(models, here):
     save_image(here / "odd.png")
+    shutil.copy("odd.png", "copy")
+    np.save("a.npy", np.zeros((5, 16, 16, 1), np.uint8))
     assert main(["reconstruct", models["colour"], "odd.png"]) == 0
     expected = picture("reconstructions.png")
     server = FileServer(here)
     try:
-        for url in ("odd.png?x=1", "odd.png?x=a/b.c", "odd.png?x=1#0"):
+        for url in ("odd.png?x=1", "odd.png?x=a/b.c", "copy?x=a.png", "odd.png?x=1#0"):
             assert main(["reconstruct", models["colour"], f"{server.url}/{url}", "--output", "b.png"]) == 0
             assert np.array_equal(picture("b.png"), expected)
+        assert main(["reconstruct", models["grey"], f"{server.url}/a.npy?x=1#4"]) == 0
     finally:
         server.kill()
 
