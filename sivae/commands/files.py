@@ -118,7 +118,8 @@ def _read_file(path: str) -> Sample:
 
 
 def load_model(options: argparse.Namespace) -> inference.Model:
-    """The model of a command, after a look at the names of the pictures that it is to write."""
+    """The model of a command, after a look at the names of the pictures that it is to write. It raises UserError for images
+    that are not finite, which a picture would show as black."""
     from sivae.distributed import pick_device
 
     for option, suffix in (("output", ".png"), ("gif", ".gif")):
@@ -127,7 +128,13 @@ def load_model(options: argparse.Namespace) -> inference.Model:
             path is None or path.lower().endswith(suffix),
             f"--{option}: {path} is written as {suffix}; name it like that",
         )
-    return inference.load(options.model, device=pick_device(options.device), weights=options.weights)
+    model = inference.load(options.model, device=pick_device(options.device), weights=options.weights)
+
+    def check(decoder: torch.nn.Module, latents: tuple[Tensor, ...], made: Tensor) -> None:
+        require(made.isfinite().all(), f"{options.model}: makes images that are not finite; take an earlier checkpoint")
+
+    model.decoder.register_forward_hook(check)
+    return model
 
 
 def load_on_all(options: argparse.Namespace, group: Group) -> inference.Model:

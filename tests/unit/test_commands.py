@@ -417,6 +417,23 @@ def test_bad_input_is_one_sentence(models, here, capsys, arguments, part):
     assert not Path("ours").exists() and not list(here.glob("*ations.png")) and not Path("samples.png").exists()
 
 
+@pytest.mark.parametrize("network", ["encoder", "decoder"])
+def test_images_that_are_not_finite_are_not_drawn(models, here, capsys, network):
+    model = sivae.load(models["grey"])
+    next(getattr(model, network).parameters()).fill_(float("nan"))
+    inference.export(model, "damaged")
+    commands_of_images = (
+        ["reconstruct", "digits:"],
+        ["interpolate", "digits:#0", "digits:#1"],
+        ["traverse", "digits:"],
+    )
+    of_prior = [["sample", "--folder", "each"]] if network == "decoder" else []
+    for command, *rest in (*commands_of_images, *of_prior):
+        told = failed([command, "damaged", *rest], capsys)
+        assert told == "damaged: makes images that are not finite; take an earlier checkpoint"
+    assert [path.name for path in here.iterdir()] == ["damaged"]
+
+
 def test_debug_shows_the_traceback(models, here):
     with pytest.raises(UserError, match="holds no model"):
         main(["sample", "nowhere", "--debug"])
