@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from sivae.commands.files import load_model, read_image, read_images, require, w
 from sivae.progress import progress_bar
 from sivae.randomness import fixed_latents
 from sivae.storage import Folder
+
+NUM_SHOWN = 64  # of the samples that go into a folder, in the picture
+SAMPLE_BATCH = 64  # samples made at once
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -32,17 +36,26 @@ def sample(options: argparse.Namespace) -> None:
             figures.truncation_sweep(model, count, options.seed, options.truncation_sweep, options.label),
         )
         return
-    labels = None if options.label is None else torch.full((count,), options.label)
+    folder = Folder(options.folder) if options.folder else None
+    if folder is not None:
+        _require_no_others(folder, count)
+    num_shown = count if folder is None else min(count, NUM_SHOWN)
     truncation = {"truncation": options.truncation, "truncation_layers": options.truncation_layers}
-    samples = model.to_uint8(model.sample(count, seed=options.seed, labels=labels, **truncation)).cpu()
-    write_picture(options.output, images.grid(samples, columns=_columns(count)))
-    if options.folder:
-        folder = Folder(options.folder)
-        with progress_bar(count, "writing", " images") as bar:
-            for index, image in enumerate(samples):
-                folder.write(images.png_bytes(images.pixels(image)), f"{index:06d}.png")
-                bar.update()
-        print(f"{options.folder}: {count} images")
+    shown = []
+    with progress_bar(count, "writing", " images", enabled=folder is not None) as bar:
+        for first in range(0, count, SAMPLE_BATCH):
+            num = min(SAMPLE_BATCH, count - first)
+            labels = None if options.label is None else torch.full((num,), options.label)
+            made = model.sample(num, seed=options.seed, labels=labels, first=first, **truncation)
+            made = model.to_uint8(made).cpu()
+            shown.append(made[: max(0, num_shown - first)])
+            if folder is not None:
+                for number, image in enumerate(made, first):
+                    folder.write(images.png_bytes(images.pixels(image)), _name(number))
+                    bar.update()
+    write_picture(options.output, images.grid(torch.cat(shown), columns=_columns(num_shown)))
+    if folder is not None:
+        print(f"{options.folder}: {count} images; the picture shows the first {num_shown}")
 
 
 def reconstruct(options: argparse.Namespace) -> None:
@@ -52,10 +65,14 @@ def reconstruct(options: argparse.Namespace) -> None:
     if options.levels:
         write_figure(options.output, figures.levels(model, real, labels))
         return
-    again = model.to_uint8(model.reconstruct(real, labels)).cpu()
-    columns = _columns(len(real))
-    write_picture(options.output, images.panels({"real": real, "reconstructed": again}, columns))
-    error = ((again.float() - real.float()) / 255).square().mean().item()
+    again, error = [], 0.0
+    for first in range(0, len(real), figures.BATCH):
+        part = slice(first, first + figures.BATCH)
+        made = model.reconstruct(real[part], None if labels is None else labels[part])
+        again.append(model.to_uint8(made).cpu())
+        error += ((again[-1].double() - real[part].double()) / 255).square().sum().item()
+    write_picture(options.output, images.panels({"real": real, "reconstructed": torch.cat(again)}, _columns(len(real))))
+    error /= real.numel()
     print(f"mean squared error {error:.5f} over {len(real)} images (values in [0, 1], rounded to 8 bits)")
 
 
@@ -118,6 +135,22 @@ def translate(options: argparse.Namespace) -> None:
     translated = model.to_uint8(model.translate(content, class_)).cpu()
     write_picture(
         options.output, images.grid(images.with_margins(translated, content, class_), columns=len(class_) + 1)
+    )
+
+
+def _name(number: int) -> str:
+    """Of the file of one sample."""
+    return f"{number:06d}.png"
+
+
+def _require_no_others(folder: Folder, count: int) -> None:
+    """Raises UserError for a folder with samples that `count` new ones would not replace: it would hold those of two calls."""
+    own = {_name(number) for number in range(count)}
+    others = [name for name in folder.names() if re.fullmatch(r"\d{6,}\.png", name) and name not in own]
+    require(
+        not others,
+        f"--folder: {folder.url} holds {len(others):,} images that these {count:,} would not replace, the first is"
+        f" {others and others[0]}; delete them, or give another folder",
     )
 
 

@@ -5,6 +5,7 @@ with exit code 1 and one sentence, with a traceback only for `--debug`.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sivae
-from sivae import commands, inference
+from sivae import commands, figures, inference
 from sivae.cli import main
 from sivae.config import parse_model
 from sivae.data.pack import pack
@@ -98,6 +99,50 @@ def test_sample_into_a_folder_and_a_new_place(models, here):
     assert sorted(path.name for path in Path("each").iterdir()) == ["000000.png", "000001.png", "000002.png"]
     model = sivae.load(models["colour"])
     assert np.array_equal(picture("each/000001.png"), pixels(model.to_uint8(model.sample(3))[1]))
+
+
+def sizes_of(monkeypatch, name):
+    """How many images each call of a model's method is given or asked for."""
+    sizes, method = [], getattr(inference.Model, name)
+
+    def spy(model, images, *rest, **settings):
+        sizes.append(images if isinstance(images, int) else len(images))
+        return method(model, images, *rest, **settings)
+
+    monkeypatch.setattr(inference.Model, name, spy)
+    return sizes
+
+
+def test_many_samples_are_made_and_written_in_parts(models, here, monkeypatch, capsys):
+    model = sivae.load(models["conditional"])
+    expected = model.to_uint8(model.sample(10, seed=1))
+    monkeypatch.setattr(commands.pictures, "SAMPLE_BATCH", 4)
+    monkeypatch.setattr(commands.pictures, "NUM_SHOWN", 6)
+    sizes = sizes_of(monkeypatch, "sample")
+    for extra, num_shown in (([], 10), (["--folder", "each"], 6)):
+        assert main(["sample", models["conditional"], "--count", "10", "--seed", "1", *extra]) == 0
+        columns = round(num_shown**0.5)
+        assert np.array_equal(picture("samples.png"), grid(expected[:num_shown], columns))
+    assert sizes == 2 * [4, 4, 2]
+    for number, image in enumerate(expected):
+        assert np.array_equal(picture(f"each/{number:06d}.png"), pixels(image))
+    assert capsys.readouterr().out.endswith("each: 10 images; the picture shows the first 6\n")
+
+
+def test_a_folder_keeps_no_samples_of_an_earlier_call(models, here, capsys):
+    def sample(count, seed):
+        return ["sample", models["grey"], "--count", str(count), "--seed", str(seed), "--folder", "each"]
+
+    assert main(sample(6, seed=0)) == 0
+    capsys.readouterr()
+    Path("samples.png").unlink()
+    before = {path: path.read_bytes() for path in Path("each").iterdir()}
+    told = failed(sample(2, seed=1), capsys)
+    assert told.startswith("--folder: each holds 4 images that these 2 would not replace, the first is 000002.png")
+    assert before == {path: path.read_bytes() for path in Path("each").iterdir()} and not Path("samples.png").exists()
+    Path("each/notes.png").touch()  # no sample
+    assert main(sample(6, seed=1)) == 0
+    assert all(path.read_bytes() != data for path, data in before.items())
 
 
 def test_sample_to_an_absolute_path(models, here):
@@ -182,6 +227,19 @@ def test_reconstruct_what_has_a_number_sign_in_its_name(models, here, name):
     assert picture("reconstructions.png").shape == size_of_panels(*(1, 1) if name.endswith(".png") else (2, 1))
     assert main(["reconstruct", models["colour"], f"{name}#0"]) == 0
     assert picture("reconstructions.png").shape == size_of_panels(1, 1)
+
+
+def test_many_images_are_reconstructed_in_parts(models, here, monkeypatch, capsys):
+    assert main(["reconstruct", models["conditional"], "digits:", "--count", "10"]) == 0
+    whole, told = picture("reconstructions.png"), capsys.readouterr().out
+    monkeypatch.setattr(figures, "BATCH", 4)
+    sizes = sizes_of(monkeypatch, "reconstruct")
+    assert main(["reconstruct", models["conditional"], "digits:", "--count", "10"]) == 0
+    assert sizes == [4, 4, 2]
+    # Batches of another size round differently: one level of 256 at most.
+    assert np.abs(picture("reconstructions.png").astype(int) - whole).max() <= 1
+    before, after = (float(re.search(r"error (\S+) over 10 images", out)[1]) for out in (told, capsys.readouterr().out))
+    assert after == pytest.approx(before, abs=1e-4)
 
 
 def test_reconstruct_what_lies_at_a_url_with_a_query(models, here):
