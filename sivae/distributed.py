@@ -158,7 +158,8 @@ def pick_device(choice: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
-            "run.device: cuda is asked for, but torch sees no GPU; `sivae doctor` says more, run.device=cpu goes without"
+            "cuda is asked for (by --device, or run.device of a config), but torch sees no GPU; `sivae doctor` says more, cpu"
+            " goes without"
         )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= torch.cuda.device_count():

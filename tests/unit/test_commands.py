@@ -475,6 +475,13 @@ def test_bad_input_is_one_sentence(models, here, capsys, arguments, part):
     assert not Path("ours").exists() and not list(here.glob("*ations.png")) and not Path("samples.png").exists()
 
 
+def test_a_gpu_that_is_not_there_is_told_of_by_the_commands_option(models, here, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments in (["sample", models["grey"]], ["evaluate", models["grey"], "--data", "set", "--metrics", "mse"]):
+        told = failed([*arguments, "--device", "cuda"], capsys)
+        assert told.startswith("cuda is asked for (by --device, or run.device of a config), but torch sees no GPU")
+
+
 @pytest.mark.parametrize("network", ["encoder", "decoder"])
 def test_images_that_are_not_finite_are_not_drawn(models, here, capsys, network):
     model = sivae.load(models["grey"])
