@@ -43,10 +43,16 @@ def interlaced(pixels: np.ndarray) -> bytes:
         if row.size
     ]
 
+    return png_of_rows(rows, pixels.shape[1], pixels.shape[0], depth=8, colour=2, interlace=1)
+
+
+def png_of_rows(rows: list[bytes], width: int, height: int, depth: int, colour: int, interlace: int = 0) -> bytes:
+    """A PNG of any colour type and depth, whose rows come with the byte of their filter."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, 1)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + parts
 

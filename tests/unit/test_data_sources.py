@@ -38,6 +38,7 @@ from tests.unit.source_files import (
     idx,
     noise,
     png,
+    png_of_rows,
     tar,
     tfrecord,
     write,
@@ -196,6 +197,19 @@ def test_only_plain_png_is_copied():
         pixels, encoded = decode(data, "x")
         assert encoded is None and pixels.shape[2] in (1, 3)
     assert np.array_equal(decode(saved(rgb, exif=exif), "x")[0], np.rot90(np.asarray(rgb), -1))
+
+
+@pytest.mark.parametrize("colour, num_values", [(0, 1), (2, 3), (4, 2), (6, 4)], ids=["L", "RGB", "LA", "RGBA"])
+def test_16_bits_become_8(colour, num_values):
+    """Rounded where they are grey; of all others Pillow gives the upper 8."""
+    values = np.array([0, 128, 129, 257, 385, 386, 32767, 32768, 65407, 65535], np.uint16)
+    pixels = np.full((1, len(values), num_values), 65535, ">u2")  # opaque
+    pixels[..., : 3 if colour in (2, 6) else 1] = values[:, None]
+    data = png_of_rows([b"\0" + pixels.tobytes()], len(values), 1, depth=16, colour=colour)
+    found, encoded = decode(data, "x")
+    assert encoded is None and found.shape == (1, len(values), 1 if colour == 0 else 3)
+    expected = np.rint(values / 257) if colour == 0 else values >> 8
+    assert np.array_equal(found[0], np.repeat(expected[:, None], found.shape[2], axis=1))
 
 
 # FFHQ

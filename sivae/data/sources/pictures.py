@@ -63,8 +63,9 @@ def _check_png(data: bytes) -> bool:
 def to_uint8(image: Image.Image) -> np.ndarray:
     """uint8 [H, W, 1] for grey images and [H, W, 3] for all others, upright.
 
-    EXIF rotation is applied, palettes are looked up, alpha is laid over white, 16 bits become 8 by
-    rounding. Raises ValueError on floating-point images, whose range nobody knows.
+    EXIF rotation is applied, palettes are looked up, alpha is laid over white. 16-bit grey is rounded to 8 bits. Of 16-bit
+    colour Pillow gives the upper 8 bits alone, and 16-bit grey with alpha is colour to it. Raises ValueError on
+    floating-point images, whose range nobody knows.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
