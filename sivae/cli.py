@@ -147,13 +147,17 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of a style model: every image in N columns, with PSI from -1 to 1",
     )
-    sample.add_argument("--output", default="samples.png", help="picture of all images")
-    sample.add_argument("--folder", help="also write every image as a PNG of its own into this folder")
+    sample.add_argument("--output", default="samples.png", help="picture of all images, with --folder of the first 64")
+    sample.add_argument(
+        "--folder",
+        help="also write every image as a PNG of its own into this folder, which may hold none of another call",
+    )
 
     reconstruct = add("reconstruct", "Reconstruct images: a picture with each image above its reconstruction.")
     add_model(reconstruct)
     reconstruct.add_argument(
-        "source", help="image file, folder, packed set, .npy/.npz, digits: or shapes:; #N picks image N"
+        "source",
+        help="image file, folder, packed set (or pyramid of them), .npy/.npz, digits: or shapes:; #N picks image N of all splits",
     )
     reconstruct.add_argument(
         "--label", type=int, help="class of the images, for a conditional model, where the source has none"
@@ -273,7 +277,9 @@ def build_parser() -> argparse.ArgumentParser:
             "--encoded", metavar="FOLDER", help="the set's latents, from sivae encode, to encode nothing"
         )
 
-    neighbours = add("neighbours", "Find the images of a set that are nearest to one in latent space.")
+    neighbours = add(
+        "neighbours", "Find the images of a set that are nearest to one in latent space, and the N of SET#N for each."
+    )
     add_model(neighbours)
     neighbours.add_argument("image", help="image file, or a set with #N for image N")
     add_set(neighbours, required=True)
