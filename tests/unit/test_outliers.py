@@ -177,8 +177,8 @@ def test_thresholds_of_other_inliers_are_replaced_and_it_says_so(sets, tmp_path,
 
 def test_a_picture_that_cannot_be_written_loses_nothing_else(sets, tmp_path, capsys):
     model = export_model(tmp_path / "model")
-    Path("taken").mkdir()
-    assert main(arguments(model, sets, "--output", "taken")) == 1
+    Path("taken.png").mkdir()
+    assert main(arguments(model, sets, "--output", "taken.png")) == 1
     assert "cannot write" in capsys.readouterr().err
     assert Path(model, "evaluations").exists() and Path(model, outliers.calibration_file(sivae.load(model))).exists()
 
