@@ -71,7 +71,8 @@ def encode(model: Model, stream: ImageStream, samples: range, batch_size: int = 
             if not finite.all():
                 bad = stream.index.name(part[int(finite.int().argmin())])
                 raise UserError(f"{stream.where}: the model encodes {bad} to a latent that is not finite")
-            names = [stream.index.key[number] for number in part]
+            keys = [stream.index.key[number] for number in part]
+            names = [stream.names.get(key, key) for key in keys]
             yield Latents(torch.tensor(part), names, mu, logvar, batch.labels)
 
 

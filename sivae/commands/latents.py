@@ -65,7 +65,9 @@ def neighbours(options: argparse.Namespace) -> None:
     write_figure(options.output, dataclasses.replace(figure, columns=["real", "rec", *names]))
     for pick, number, distance in zip(picks, numbers.tolist(), distances.tolist()):
         label = "" if stream.index.label is None else f", label {stream.index.label[number]}"
-        print(f"{distance:8.4f}  #{pick}, {stream.index.name(number)}{label}")
+        name = stream.names.get(stream.index.key[number], "")
+        named = f", {name if name.isprintable() else repr(name)}" if name else ""
+        print(f"{distance:8.4f}  #{pick}{named}, {stream.index.name(number)}{label}")
 
 
 def _picks(data: str, stream: ImageStream, numbers: list[int]) -> list[int]:

@@ -17,6 +17,7 @@ import numpy as np
 from sivae.data.encode import check_format
 from sivae.data.fit import check_fit, fit, pyramid_levels
 from sivae.data.index import FILE_NAME, MAX_RESOLUTION, Index, Shard
+from sivae.data.names import write_names
 from sivae.data.pack_shard import FOLDER, Job, Recipe, Record, Shared, make_shard, plan_id, sizes
 from sivae.data.pool import each, interruptible
 from sivae.data.scratch import Scratch
@@ -128,6 +129,8 @@ def pack(
             records = _make(shared, jobs, num_workers, progress, f"packing {shown(source)}")
             for level in reversed(levels):  # the full resolution last: it says that all is there
                 index = _index(shared, jobs, records, level, numbers, licence)
+                if getattr(images, "names", None):
+                    write_names(recipe.folder(folder, level), index, images.names)
                 index.dump(recipe.folder(folder, level))
         except UserError:
             done = recipe.folder(folder, levels[0])

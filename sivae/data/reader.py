@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from typing import Literal
 
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from sivae.data.cache import BlockCache
 from sivae.data.decode import DECODERS
 from sivae.data.index import Index
+from sivae.data.names import read_names
 from sivae.data.order import Order, flip_at, mixed_shards, rank_positions, substitute_at, window_at
 from sivae.data.shards import Corrupt, ShardReader
 from sivae.errors import UserError, shown
@@ -134,6 +136,11 @@ class ImageStream:
         mixed = mixed_shards(index.shard_sizes)
         self.order = Order(index.shard_sizes, seed, mixed)
         self.shards = ShardReader(index.shard_folder(self.folder), index, cache, mixed)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """key -> what the image was called where it came from; empty where the set has none."""
+        return read_names(self.folder)
 
     @property
     def digest(self) -> str:

@@ -508,6 +508,27 @@ class Names:
         return len(self.names)
 
 
+def test_the_names_of_the_source_stay(tmp_path):
+    """Of each level of a pyramid, and when the set is packed again; a name that is no text of UTF-8 too."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    called = ["a b#1.png", "Größe.png", "x\udcff.png"]
+    for number, name in enumerate(called):
+        Image.fromarray(np.full((8, 8), 50 * number, np.uint8)).save(photos / name)
+    pack(photos, tmp_path / "set", resolution=8, pyramid=True, splits="train=0:1,test=1:", progress=False)
+    pack(tmp_path / "set" / "8", tmp_path / "again", resolution=8, progress=False)
+    told = [name.encode(errors="backslashreplace").decode() for name in called]
+    for folder in ("set/8", "set/4", "again"):
+        stream = ImageStream(str(tmp_path / folder), split="all", batch_size=1)
+        values = stream.sample(range(3)).images[:, 0, 0, 0] // 50
+        assert [stream.names[key] for key in stream.index.key] == [told[value] for value in values]
+    (tmp_path / "again" / "names.json").write_text("[1]")
+    with pytest.raises(UserError, match="names.json: is damaged"):
+        ImageStream(str(tmp_path / "again"), split="all", batch_size=1).names  # noqa: B018
+    folder, _ = packed(tmp_path, noise(5, 8, 8, 1), "arrays")
+    assert ImageStream(folder, split="train", batch_size=1).names == {}
+
+
 def test_splits():
     def found(splits, count=10, own=None):
         source = Names([f"{i}.png" for i in range(count)])

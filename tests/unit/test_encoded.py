@@ -84,9 +84,10 @@ def encode_all(model, packed, dest, split="all", **settings):
     return encode_set(model, opened(packed, split), Folder(dest), ALONE, split=split, **settings)
 
 
-def whole(found):
+def whole(found, labels=True):
     parts = list(found.read())
-    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("number", "mu", "logvar", "label")}
+    names = ("number", "mu", "logvar", "label")[: 3 + labels]
+    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     return columns | {"name": [name for part in parts for name in part.name]}, [len(part) for part in parts]
 
 
@@ -111,6 +112,19 @@ def test_every_image_is_encoded_in_order(model, packed, pixels, tmp_path, monkey
     assert columns["mu"].dtype == columns["logvar"].dtype == torch.float32
     torch.testing.assert_close(columns["mu"], mu, atol=1e-4, rtol=0)
     torch.testing.assert_close(columns["logvar"], -mu / 255, atol=1e-6, rtol=0)
+
+
+def test_images_of_a_folder_keep_their_names(model, pixels, tmp_path, file_format, capsys):
+    (tmp_path / "photos").mkdir()
+    for number in range(4):
+        Image.fromarray(pixels[number, :, :, 0]).save(tmp_path / "photos" / f"IMG {number}.png")
+    pack(str(tmp_path / "photos"), str(tmp_path / "set"), resolution=SIZE, num_workers=0, progress=False)
+    found = encode_all(model, tmp_path, tmp_path / "latents", split="all", file_format=file_format)
+    assert whole(found, labels=False)[0]["name"] == [f"IMG {number}.png" for number in range(4)]
+    inference.export(model, str(tmp_path / "model"))
+    picked = ["neighbours", str(tmp_path / "model"), f"{tmp_path}/set#2", "--data", f"{tmp_path}/set", "--count", "1"]
+    assert main([*picked, "--output", str(tmp_path / "neighbours.png")]) == 0
+    assert "#2, IMG 2.png, sample 00000002 of " in capsys.readouterr().out
 
 
 def test_a_split_is_numbered_by_itself_and_goes_to_any_url(model, packed, pixels, tmp_path):

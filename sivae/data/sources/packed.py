@@ -6,6 +6,7 @@ import numpy as np
 
 from sivae.data.decode import DECODERS
 from sivae.data.index import Index
+from sivae.data.names import read_names
 from sivae.data.shards import Corrupt, ShardReader
 from sivae.data.sources.base import BadImage, Sample, Source, consecutive, fingerprint, wanted_labels
 from sivae.data.sources.files import base_name, damage, find_file
@@ -23,7 +24,8 @@ class Packed(Source):
         self.folder = self.index.shard_folder(folder)
         self.where, self.licence = shown(folder.path), self.index.licence
         self.description = f"{self.index.source} (packed set {base_name(folder)})"
-        self.num_channels, self.names = self.index.num_channels, self.index.key
+        held = read_names(folder)
+        self.num_channels, self.names = self.index.num_channels, [held.get(key, key) for key in self.index.key]
         self.labels = wanted_labels(labels, self.index.label, self.where, "pack without labels")
         self.num_classes = None if self.labels is None else self.index.num_classes
         self.splits = consecutive(self.index.splits) if len(self.index.splits) > 1 else None
