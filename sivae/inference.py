@@ -28,6 +28,7 @@ from sivae.randomness import fixed_latents
 from sivae.storage import Folder
 
 SETTINGS_FILE, WEIGHTS_FILE, TARGET_FILE = "sivae.json", "model.safetensors", "target_decoder.safetensors"
+CARD_FILE, CARD_HEAD = "README.md", "library_name: sivae"
 
 
 class Model:
@@ -355,16 +356,23 @@ def read_target(path: str, storage_options: dict[str, Any] | None = None) -> dic
 
 
 def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = None) -> None:
-    """Write weights, settings and a model card into a folder (path or URL), the settings last: without them it is no model."""
+    """Write a model card, weights and settings into a folder (path or URL), the settings last: without them it is no model.
+
+    An earlier export there, whole or not, is replaced. Raises UserError for a folder with files of these names that are of none.
+    """
     from safetensors.torch import save as save_tensors
 
     folder = Folder(dest)
+    present = [name for name in (CARD_FILE, WEIGHTS_FILE, TARGET_FILE) if folder.exists(name)]
+    begun = CARD_FILE in present and CARD_HEAD.encode() in folder.read(CARD_FILE)
+    if present and not begun and not folder.exists(SETTINGS_FILE):
+        raise UserError(f"{folder.url}: holds a {present[0]} that is of no exported model; give another folder")
+    folder.write(_model_card(model).encode(), CARD_FILE)
     tensors = {name: value.cpu().contiguous() for name, value in tensors_of(model).items()}
     if target_decoder is not None:
         folder.write(save_tensors({key: value.contiguous() for key, value in target_decoder.items()}), TARGET_FILE)
     weights = save_tensors(tensors)
     folder.write(weights, WEIGHTS_FILE)
-    folder.write(_model_card(model).encode(), "README.md")
     settings = {
         "format": 1,
         "version": __version__,
@@ -383,7 +391,7 @@ def _model_card(model: Model) -> str:
         for key, value in {**model.settings, **model.info, "weights": model.weights}.items()
     )
     return f"""---
-library_name: sivae
+{CARD_HEAD}
 tags: [soft-introvae, vae, image-generation]
 ---
 # Soft-IntroVAE model

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 
-from sivae import __version__, checkpoint, config
+from sivae import __version__, config
 from sivae.errors import UserError, differences, shown
 from sivae.storage import Folder
 
@@ -36,23 +35,15 @@ PACKAGES = (
 )
 
 
-def prepare(folder: Folder, settings: config.Config, world_size: int) -> None:
-    """Refuse a directory that holds another model, then write config.yaml and environment.json into it.
-
-    Doing so before anything is built also proves that the directory can be written. The settings of an earlier start stay
-    where they differ, as config-YYYYMMDD-HHMMSS.yaml.
+def record(folder: Folder, settings: config.Config, world_size: int) -> None:
+    """Write config.yaml and environment.json. The settings of an earlier start stay where they differ, as
+    config-YYYYMMDD-HHMMSS.yaml.
     """
     text = config.dump_yaml(settings)
     if folder.exists("config.yaml"):
-        before = folder.read("config.yaml").decode()
-        if before != text:
-            try:
-                model = yaml.safe_load(before)["model"]
-            except (yaml.YAMLError, KeyError, TypeError):
-                model = None
-            if checkpoint.list_names(folder):
-                check_model(model, settings, folder.url)
-            folder.write(before.encode(), f"config-{time.strftime('%Y%m%d-%H%M%S')}.yaml")
+        before = folder.read("config.yaml")
+        if before.decode() != text:
+            folder.write(before, f"config-{time.strftime('%Y%m%d-%H%M%S')}.yaml")
     folder.write(text.encode(), "config.yaml")
     folder.write(json.dumps(environment(world_size), indent=1).encode(), "environment.json")
 

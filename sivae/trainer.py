@@ -100,6 +100,10 @@ class Trainer:
             self.levels.enter(0, self.state)
             if settings.run.init_from:
                 self.state.start_from(settings.run.init_from, settings)
+        if (
+            self.profile is None and self.images_seen < settings.schedule.total_images
+        ):  # not of a start that fails or does nothing
+            group.on_main(lambda: run_directory.record(self.folder, settings, group.world_size))
         self.tracker = Tracker(
             self.folder, settings.schedule.total_images, tensorboard=settings.tracking.tensorboard,
             progress=settings.tracking.progress, settings_yaml=config.dump_yaml(settings),
@@ -390,7 +394,7 @@ class Trainer:
 
     def _prepare(self) -> None:
         self.lock = run_directory.lock(self.folder)
-        run_directory.prepare(self.folder, self.settings, self.group.world_size)
+        self.folder.try_writing()
 
     @span("checkpoint")
     def _save(self, waits: bool = False) -> bool:
@@ -432,6 +436,12 @@ class Trainer:
         if found.state["data"]["digest"] != self.levels.streams[-1].digest and self.group.is_main:
             print(
                 f"sivae: {shown(self.settings.data.url)} is not the set that checkpoint {found.name} was trained on",
+                file=sys.stderr,
+            )
+        if found.state["seed"] != self.settings.run.seed and self.group.is_main:
+            print(
+                f"sivae: run.seed was {found.state['seed']} up to checkpoint {found.name}; with another the images come in another"
+                " order from here on, so some of this epoch twice and others not",
                 file=sys.stderr,
             )
         resolution = found.state.get("resolution", self.settings.model.resolution)

@@ -418,8 +418,18 @@ def test_loading_is_strict(change):
 
 
 def test_a_killed_export_is_no_model(tmp_path):
-    """The settings are written last: what lacks them does not load."""
+    """The settings are written last: what lacks them does not load. Exported again it is whole."""
     inference.export(model_of(), str(tmp_path))
     (tmp_path / "sivae.json").unlink()
     with pytest.raises(UserError, match="holds no model"):
         sivae.load(str(tmp_path))
+    inference.export(model_of(), str(tmp_path))
+    sivae.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors", "target_decoder.safetensors"])
+def test_the_files_of_others_are_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"holds a {name} that is of no exported model"):
+        inference.export(model_of(), str(tmp_path))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
