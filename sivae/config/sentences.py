@@ -30,8 +30,14 @@ def sentence(item: dict[str, Any], schema: type[Section]) -> str:
     if kind == "value_error":
         # Our own checks start with the key they speak of, relative to the section they stand in.
         return f"{where}.{item['ctx']['error']}" if where else str(item["ctx"]["error"])
-    message = item["msg"][0].lower() + item["msg"][1:]
-    return f"{where}: {message}" + ("" if "storage_options" in path else f", not {item['input']!r}")
+    message, value = item["msg"][0].lower() + item["msg"][1:], item["input"]
+    if "storage_options" in path:
+        return f"{where}: {message}"
+    hint = ""
+    if kind == "string_type" and isinstance(value, (bool, int, float)):  # YAML's no is False
+        text = "..." if isinstance(value, bool) else value
+        hint = f"; to have it as text put it in quotes: '{where}=\"{text}\"'"
+    return f"{where}: {message}, not {value!r}{hint}"
 
 
 def _walk(location: tuple[Any, ...], schema: type[Section]) -> tuple[type[Section] | None, list[str]]:

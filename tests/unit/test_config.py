@@ -146,6 +146,7 @@ WRONG = [
     (["model.channels=[8, wide]"], "model.channels.1: ", "valid integer, not 'wide'"),
     (["run=3"], "run: ", "dictionary"),
     (["data.url=null"], "data.url: ", "valid string, not None"),
+    (["data.split=2024"], "data.split: ", "valid string, not 2024; to have it as text put it in quotes: 'data.split=\"2024\"'"),
     # combinations
     (["model.channels=[8,8,8,8]"], "model.channels: ", "4 levels divide the resolution by 16", "2 or fewer levels"),
     (["model.channels=[8,12]"], "model.group_size: ", "8 does not divide every width of channels [8, 12]"),

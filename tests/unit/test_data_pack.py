@@ -230,6 +230,10 @@ def test_every_kind_of_image_becomes_grey_or_rgb():
     assert np.array_equal(to_uint8(turned), np.rot90(rgb, -1))
     with pytest.raises(ValueError, match="floating"):
         to_uint8(Image.fromarray(np.zeros((2, 2), np.float32)))
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((2, 2), 200, np.int32)).save(buffer, "TIFF")
+    with pytest.raises(ValueError, match="32-bit image"):
+        to_uint8(Image.open(buffer))
 
 
 def _exif_orientation(value):

@@ -19,6 +19,7 @@ from PIL import Image
 import sivae
 from sivae import checkpoint, config, distributed, images, inference, models, objectives, trainer
 from sivae.engines import Engine
+from sivae.errors import UserError
 from sivae.graphs import PLAIN
 from sivae.objectives import Draws
 from sivae.state import TrainingState
@@ -121,6 +122,25 @@ def test_run_directory_holds_settings_versions_and_pictures_but_no_secrets(run, 
     assert environment["packages"]["torch"] == metadata.version("torch") and environment["ranks"] == 1
     assert (folder / "pictures" / "samples-000000000064.png").read_bytes().startswith(b"\x89PNG")
     assert not any(SECRET.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_settings_kept_are_those_of_starts_that_train(run, tmp_path):
+    run()
+    kept = tmp_path / "run" / "config.yaml"
+    before = kept.read_bytes()
+    with pytest.raises(UserError):
+        run("data.url=nowhere")
+    run("schedule.total_images=32")  # nothing left to do
+    assert kept.read_bytes() == before
+    run("schedule.total_images=96")
+    assert kept.read_bytes() != before and len(list(kept.parent.glob("config-*.yaml"))) == 1
+
+
+def test_another_seed_on_resume_is_told(run, capfd):
+    run()
+    assert "run.seed" not in capfd.readouterr().err
+    run("schedule.total_images=96", "run.seed=3")
+    assert "run.seed was 0 up to checkpoint 000000000064;" in capfd.readouterr().err
 
 
 def test_tensorboard_shows_scalars_pictures_histograms_settings_and_hparams(run, tmp_path):

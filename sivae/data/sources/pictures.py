@@ -65,8 +65,10 @@ def to_uint8(image: Image.Image) -> np.ndarray:
 
     EXIF rotation is applied, palettes are looked up, alpha is laid over white. 16-bit grey is rounded to 8 bits. Of 16-bit
     colour Pillow gives the upper 8 bits alone, and 16-bit grey with alpha is colour to it. Raises ValueError on
-    floating-point images, whose range nobody knows.
+    floating-point and 32-bit images, whose range nobody knows.
     """
+    if image.mode == "I" and image.format not in (None, "PNG", "PPM"):  # of which Pillow gives 16 bits so too
+        raise ValueError("a 32-bit image, whose range nobody knows; save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("a floating-point image; save it with 8 or 16 bits")
