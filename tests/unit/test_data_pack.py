@@ -637,6 +637,25 @@ def test_no_folder_is_passed_over(tmp_path):
         open_source(tmp_path / "photos", resolution=6)
 
 
+def test_links_that_go_round_over_two_folders(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        photographs(tmp_path / "photos" / name)
+        (tmp_path / "photos" / name / "to").symlink_to(f"../{other}")
+    with pytest.raises(UserError, match="to is a link to a folder that holds it"):
+        open_source(tmp_path / "photos", resolution=6)
+
+
+def test_a_link_to_nothing_is_a_bad_image(tmp_path):
+    photographs(tmp_path / "photos")
+    (tmp_path / "photos" / ".#0.png").symlink_to("user@host.1")
+    assert len(open_source(tmp_path / "photos", resolution=6)) == 3
+    (tmp_path / "photos" / "3.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match="3.png is missing"):
+        pack(tmp_path / "photos", tmp_path / "set", resolution=6, progress=False)
+    made = pack(tmp_path / "photos", tmp_path / "other", resolution=6, skip_bad=True, progress=False)
+    assert made.count == 3 and made.skipped == ("3.png: is missing",)
+
+
 def test_a_folder_that_cannot_be_read_stops_it(tmp_path, monkeypatch):
     photographs(tmp_path / "photos" / "a")
     locked = photographs(tmp_path / "photos" / "b")

@@ -9,7 +9,7 @@ import random
 import re
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -206,7 +206,8 @@ def walk(fs, root: str) -> dict[str, dict]:
     """path -> what the filesystem says of it, of all files below a local folder, links to folders followed.
 
     fsspec's own `find` passes over folders that cannot be read, and over links to folders, without a word. Raises
-    OSError for the first, and UserError where links go round in a circle.
+    OSError for the first, and UserError where links go round in a circle. Hidden names are left out, and of a link to
+    nothing nothing is said: whoever reads it finds it missing.
     """
 
     def stop(error: OSError):
@@ -216,16 +217,29 @@ def walk(fs, root: str) -> dict[str, dict]:
     for folder, subfolders, names in os.walk(root, onerror=stop, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in subfolders:
-            target = os.path.realpath(os.path.join(folder, name))
-            if (
-                os.path.islink(os.path.join(folder, name))
-                and os.path.commonpath([target, os.path.realpath(folder)]) == target
-            ):
-                raise UserError(f"{os.path.join(folder, name)} is a link to a folder that holds it; remove the link")
-        for name in names:
             path = os.path.join(folder, name)
-            found[path] = fs.info(path)
+            if os.path.islink(path) and any(_holds(os.path.realpath(path), each) for each in _way(root, folder)):
+                raise UserError(f"{path} is a link to a folder that holds it; remove the link")
+        for name in names:
+            if not name.startswith("."):
+                path = os.path.join(folder, name)
+                try:
+                    found[path] = fs.info(path)
+                except FileNotFoundError:
+                    found[path] = {}
     return found
+
+
+def _way(root: str, folder: str) -> Iterator[str]:
+    """The real paths of a folder and of those above it, up to `root`."""
+    while len(folder) > len(root):
+        yield os.path.realpath(folder)
+        folder = os.path.dirname(folder)
+    yield os.path.realpath(root)
+
+
+def _holds(folder: str, path: str) -> bool:
+    return os.path.commonpath([folder, path]) == folder
 
 
 def base_name(folder: Folder) -> str:
