@@ -4,6 +4,8 @@ import importlib.util
 import re
 from typing import Any
 
+REMOTE = r"(?<!\bfile)(?<!\blocal)://"  # where `?` begins a query; in a local path it is a letter like any other
+
 
 class UserError(Exception):
     """Something outside the program is wrong; the command prints the message and exits with code 1.
@@ -18,7 +20,16 @@ class UserError(Exception):
 
 def shown(text) -> str:
     """The text of a URL or an error without passwords and signed queries, as errors and logs may show it."""
-    return re.sub(r"\?[^\s'\")]*", "?...", re.sub(r"//[^/\s]+@", "//...@", str(text)))
+    text = re.sub(r"//[^/\s]+@", "//...@", str(text))
+    url = re.search(rf"{REMOTE}|\burl: /", text)  # the second is urllib3's, which leaves the host out
+    start = url.end() if url else len(text)
+    return text[:start] + re.sub(r"\?[^\s'\")]*", "?...", text[start:])
+
+
+def query_start(url: str) -> int:
+    """Where the query of a URL begins; its length where it has none, as local paths have none."""
+    start = url.find("?") if re.search(REMOTE, url) else -1
+    return len(url) if start < 0 else start
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from sivae.config.model import ConvModel, MlpModel, ModelSettings, StyleModel, T
 from sivae.config.run import Config
 from sivae.config.section import ConfigError, Section
 from sivae.config.sentences import sentence
+from sivae.errors import query_start
 
 Settings = TypeVar("Settings", bound=Section)
 
@@ -77,8 +78,9 @@ def dump(config: Config) -> dict[str, Any]:
     """The resolved settings as a plain tree, without what may hold secrets: `storage_options`, passwords and queries in URLs."""
     tree = config.model_dump(mode="json", exclude={"run": {"storage_options"}, "data": {"storage_options"}})
     for section, key in (("run", "directory"), ("run", "init_from"), ("data", "url"), ("evaluate", "data")):
-        if tree[section][key]:
-            tree[section][key] = re.sub(r"\?.*", "?...", re.sub(r"//[^/\s]+@", "//...@", tree[section][key]))
+        if url := tree[section][key]:
+            masked = url[: query_start(url)] + "?..." * (query_start(url) < len(url))
+            tree[section][key] = re.sub(r"//[^/\s]+@", "//...@", masked)
     return tree
 
 

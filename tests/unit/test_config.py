@@ -341,6 +341,16 @@ def test_secrets_are_never_written(base):
         assert "HUSH" not in text and "PUBLIC" not in text and "storage_options" not in text
 
 
+def test_only_urls_have_a_query(base):
+    for url, written in (
+        ("out-wh?t", "out-wh?t"),
+        ("file:///sets/wh?t", "file:///sets/wh?t"),
+        ("https://me:HUSH@host/set?sig=HU SH", "https://...@host/set?..."),
+    ):
+        settings = config.load(base, [f"data.url='{url}'"])
+        assert config.dump(settings)["data"]["url"] == written
+
+
 def test_model_settings_alone():
     settings = config.parse_model({"family": "conv", "channels": [8], "resolution": 28})
     assert config.parse_model(settings.model_dump()) == settings

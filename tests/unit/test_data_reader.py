@@ -32,6 +32,7 @@ from sivae.data.index import Index
 from sivae.data.order import flip_at, substitute_at, window_at
 from sivae.data.pack import pack
 from sivae.data.shards import plan
+from sivae.data.sources.files import split_url
 from sivae.errors import UserError, shown
 from sivae.storage import Folder
 from tests import proxy as faults
@@ -526,6 +527,15 @@ def test_stopping_early_leaves_no_process(folder):
 def test_urls_are_shown_without_secrets():
     text = shown("https://me:secret@host/a?X-Amz-Signature=secret and https://me:p@secret@host and s3://reader/a@b")
     assert "secret" not in text and "s3://reader/a@b" in text
+    for text in ("Max retries exceeded with url: /a?X-Amz-Signature=secret", "https://host/my set/a.tar?sig=secret"):
+        assert "secret" not in shown(text)
+
+
+def test_a_question_mark_in_a_local_path_is_no_query():
+    for path in ("/data/wh?t/set", "wh?t", "file:///data/wh?t"):
+        assert shown(path) == path
+    assert split_url("/data/wh?t/a.tar") == ("/data/wh?t", "a.tar")
+    assert split_url("https://host/set/a.tar?at=x/y") == ("https://host/set", "a.tar?at=x/y")
 
 
 # Other storage

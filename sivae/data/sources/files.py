@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sivae.errors import UserError, shown
+from sivae.errors import UserError, query_start, shown
 from sivae.storage import Folder, permanent
 
 MIN_AHEAD_BYTES, MAX_AHEAD_BYTES = 2**16, 2**23  # what one request for a stretch of a long file asks for
@@ -26,7 +26,7 @@ STAMPS = ("ETag", "etag", "md5Hash", "content_md5", "checksum", "mtime", "LastMo
 
 def split_url(url: str) -> tuple[str, str]:
     """(its folder, its name) of a file's path or URL; a query stays with the name."""
-    cut = url.split("?", 1)[0].rfind("/")
+    cut = url.rfind("/", 0, query_start(url))
     folder, name = url[: cut + 1], url[cut + 1 :]
     return (folder if re.search("(^|/)/$", folder) else folder[:-1]) or ".", name
 
@@ -74,7 +74,8 @@ class File:
     @property
     def identity(self) -> list:
         """What a fingerprint takes of it."""
-        return [self.name.split("?", 1)[0], self.size, self.stamp]
+        name = self.name if self.folder.is_local else self.name.split("?", 1)[0]
+        return [name, self.size, self.stamp]
 
     def read(self, start: int | None = None, stop: int | None = None, missing: type[UserError] = UserError) -> bytes:
         """The bytes [start, stop), all of them without; raises `missing` when there is no such file."""
