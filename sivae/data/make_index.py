@@ -17,7 +17,7 @@ from sivae.data.index import FILE_NAME, SHARD_NAME, SPLIT_NAME, Index, Shard
 from sivae.data.sources.base import natural_key
 from sivae.data.sources.files import expand_braces, split_url
 from sivae.data.tar import Damaged, Members, RangeFile
-from sivae.errors import UserError, shown
+from sivae.errors import UserError, query_start, shown
 from sivae.progress import progress_bar
 from sivae.storage import Folder
 
@@ -127,6 +127,7 @@ def _expand(urls: list[str]) -> tuple[str, list[str]]:
     """(their folder, the file names in natural order for patterns, else as given)."""
     found = []
     for url in urls:
+        url = re.sub("^(file|local)://", "", url)
         if "{" in url:
             folder, names = expand_braces(url)
             found += [(folder, name) for name in names]
@@ -135,6 +136,10 @@ def _expand(urls: list[str]) -> tuple[str, list[str]]:
             if not paths:
                 raise UserError(f"there are no files {url}; give the shards, such as 'folder/*.tar'")
             found += [split_url(path) for path in paths]
+        elif "://" in url and re.search(r"\*|\[[^/]*$", url[: query_start(url)]):
+            raise UserError(
+                f"{shown(url)}: patterns with * work for local shards only; write shards-{{000000..000069}}.tar"
+            )
         else:
             found.append(split_url(url))
     folders = {os.path.abspath(folder) if "://" not in folder else folder for folder, _ in found}

@@ -258,6 +258,13 @@ def test_shards_of_others(tmp_path, format, crc):
         make_index(pattern, progress=False)
 
 
+def test_patterns_of_file_urls(tmp_path):
+    others(tmp_path / "set")
+    for i, pattern in enumerate(("*.tar", "shards-{000000..000002}.tar")):
+        made = make_index(f"file://{tmp_path}/set/{pattern}", output=tmp_path / str(i), progress=False)
+        assert made.count == 12 and made.base == str(tmp_path / "set")
+
+
 def test_an_index_elsewhere(tmp_path, s3, monkeypatch):
     others(tmp_path / "set", labels=False)
     monkeypatch.chdir(tmp_path)
@@ -330,6 +337,10 @@ def test_shards_that_cannot_be_indexed(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             make_index([str(tmp_path / url) for url in urls], progress=False)
+    for url in ("s3://sets/*.tar", "http://[::1]/sets/[ab].tar?sig=secret"):
+        with pytest.raises(UserError, match=r"patterns with \* work for local .* write shards-\{") as error:
+            make_index(url, progress=False)
+        assert "secret" not in str(error.value)
     data = path.read_bytes()
     for cut, message in [
         (data[:700], "cut short"),
