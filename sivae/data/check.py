@@ -81,6 +81,7 @@ def check(
         index = Index.load(found)
         _beside(found, index, name, findings)
         levels.append(Level(name, index.shard_folder(found), index.split(split, shown(found.url))))
+        _try_range(levels[-1])
     first = levels[0].index
     if levels[0].label:  # a pyramid has every power of two down to 4
         there, resolution = {level.index.resolution for level in levels}, first.resolution
@@ -113,6 +114,15 @@ def _find(folder: Folder) -> list[tuple[str, Folder]]:
         Index.load(folder)  # says that there is none, and what to do
         raise NoIndex(f"there is no packed image set at {shown(folder.url)}")
     return [(f"{name}/", folder.folder(name)) for name in sorted(levels, key=int, reverse=True)]
+
+
+def _try_range(level: Level):
+    """Raises UserError where a server ignores ranges: small shards are checked whole, and training never reads them so."""
+    if not level.folder.is_local:
+        shard = min(level.index.shards, key=lambda shard: shard.size_bytes)
+        size = level.folder.size(shard.name)
+        if size is not None:
+            RangeFile(level.folder, shard.name, size, BLOCK).at(0, BLOCK)
 
 
 def _beside(folder: Folder, index: Index, label: str, findings: Findings):

@@ -33,10 +33,6 @@ SEAL_BYTES = 4  # after a block in the cache, a crc32 where the index has none
 POLL_SEC = 0.02  # between looks at a block that another process of the node is fetching
 
 
-class RangesIgnored(OSError):
-    """A server, or a proxy before it, sent more than the range that was asked for."""
-
-
 class Corrupt(UserError):
     """What lies in storage is not the sample that was packed, and reading it again does not help."""
 
@@ -58,6 +54,15 @@ class Damage:
     data: bytes
     samples: dict[int, str]
     short: bool = False  # some of their bytes did not come
+
+
+def refuse_more(what: str, num_bytes: int, asked: int) -> None:
+    """Raises UserError where more came than was asked for, which another try does not help."""
+    if num_bytes > asked:
+        raise UserError(
+            f"{what} cannot be read: the server ignores ranges ({num_bytes} bytes came where {asked} were asked for); "
+            "use one that answers them, or copy the set to a disk"
+        )
 
 
 def plan(index, samples: Iterable[int]) -> list[Range]:
@@ -238,13 +243,9 @@ class ShardReader:
         start = int(self.index.offset[sample]) - r.start
         return data[start : start + int(self.index.size[sample])]
 
-    def _problem(self, r: Range, data: bytes) -> Damage | RangesIgnored | None:
+    def _problem(self, r: Range, data: bytes) -> Damage | None:
         """What is wrong with the bytes of a range; None when each sample is as it was packed."""
-        if len(data) > r.stop - r.start:
-            return RangesIgnored(
-                f"{len(data)} bytes came where {r.stop - r.start} were asked for, so the server ignores ranges; "
-                "use one that answers them, or copy the set to a disk"
-            )
+        refuse_more(self._where(r.samples[0]), len(data), r.stop - r.start)
         wrong: dict[int, str] = {}
         short = False
         for sample in r.samples:
@@ -267,11 +268,13 @@ class ShardReader:
 
     def _error(self, kind: type[UserError], sample: int, what: str, attempts: int) -> UserError:
         tried = f" (tried {attempts} times)" if attempts > 1 else ""
-        where = f"{self.index.name(sample)} at {shown(self.folder.url)}"
         advice = "copy this shard from its origin again, or pack the set again"
         if kind is not Corrupt:
             advice = "check the network, the server and the credentials, and run again"
-        return kind(f"cannot read {where}: {what}{tried}; {advice}")
+        return kind(f"cannot read {self._where(sample)}: {what}{tried}; {advice}")
+
+    def _where(self, sample: int) -> str:
+        return f"{self.index.name(sample)} at {shown(self.folder.url)}"
 
     def __getstate__(self):  # each process has its own
         return self.__dict__ | {"lock": None}

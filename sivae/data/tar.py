@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from sivae.data.shards import refuse_more
 from sivae.errors import UserError, shown
 from sivae.storage import Folder
 
@@ -64,6 +65,7 @@ class RangeFile:
             return b""
 
         def check(_, data: bytes) -> str | None:
+            refuse_more(f"{shown(self.folder.url)}/{self.name}", len(data), stop - start)
             return None if len(data) == stop - start else f"{len(data)} of {stop - start} bytes came from {start} on"
 
         [data], problems = self.folder.read_ranges([(self.name, start, stop)], check)

@@ -28,7 +28,9 @@ import torch
 
 from sivae.data import ImageStream, open_stream, reader, shards
 from sivae.data.cache import BlockCache
+from sivae.data.check import check as check_set
 from sivae.data.index import Index
+from sivae.data.make_index import make_index
 from sivae.data.order import flip_at, substitute_at, window_at
 from sivae.data.pack import pack
 from sivae.data.shards import plan
@@ -638,7 +640,7 @@ def stream_through(networks, transport, **settings):
     return proxy, stream
 
 
-@pytest.mark.parametrize("fault", [*FAILURES, WRONG])
+@pytest.mark.parametrize("fault", [*(f for f in FAILURES if f != faults.WHOLE_FILE), WRONG])
 @pytest.mark.parametrize("transport", ["http", "s3"])
 def test_faults_heal(networks, images, transport, fault):
     if (transport, fault) == ("s3", faults.FORBIDDEN_403):
@@ -668,10 +670,12 @@ def test_faults_that_stay_are_one_sentence_in_time(networks, transport, fault, o
     elapsed, sentence = time.monotonic() - start, str(raised.value)
     assert elapsed < stream.shards.patience_sec + SLACK_SEC
     assert any(stream.index.name(sample) in sentence for sample in range(COUNT)) and "\n" not in sentence
-    assert ("tried 2 times" in sentence) != ((transport, fault) == ("s3", faults.FORBIDDEN_403))
+    once = fault == faults.WHOLE_FILE or (transport, fault) == ("s3", faults.FORBIDDEN_403)
+    assert ("tried 2 times" in sentence) != once
     # Only what is in the shard itself makes it another sample's turn.
     assert ("in a row are damaged" in sentence) == (fault == WRONG and on_corrupt == "substitute")
-    assert ("copy this shard" if fault == WRONG else "check the network, the server") in sentence
+    advice = {WRONG: "copy this shard", faults.WHOLE_FILE: "copy the set to a disk"}
+    assert advice.get(fault, "check the network, the server") in sentence
 
 
 def test_what_is_known_to_be_damaged_is_not_tried_again(web, web_set, index):
@@ -705,21 +709,36 @@ def test_a_server_that_is_killed_and_comes_back_in_the_middle(web, images):
     again.join()
 
 
-def test_a_server_that_ignores_ranges_altogether(folder):
-    """Python's own file server, for one."""
+def test_a_server_that_ignores_ranges_altogether(folder, tmp_path):
+    """Python's own file server, for one. Training, check, index and pack say so at once."""
+    sentence = (
+        r"^http\S* .*the server ignores ranges \(\d+ bytes came where \d+ were .*; use one .* copy the set to a disk$"
+    )
+    requests = []
 
     class Plain(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments):
             super().__init__(*arguments, directory=folder)
 
         def log_message(self, *_):
-            pass
+            requests.append(self.requestline)
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Plain)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    name = Index.load(Folder(folder)).shards[0].name
     try:
-        with pytest.raises(UserError, match="RangesIgnored: .* bytes came where .* were asked for"):
-            read_all(f"http://127.0.0.1:{server.server_port}", retries=1, on_corrupt="substitute")
+        with pytest.raises(UserError, match=sentence.replace("http", ".* at http")):
+            read_all(url, on_corrupt="substitute")
+        gets = [request for request in requests if ".tar" in request and request.startswith("GET")]
+        assert len(gets) == len(set(gets))
+        for ask in (
+            lambda: check_set(url, progress=False),
+            lambda: make_index(f"{url}/{name}", output=tmp_path / "index", progress=False),
+            lambda: pack(f"{url}/{name}", tmp_path / "set", resolution=4, progress=False),
+        ):
+            with pytest.raises(UserError, match=sentence):
+                ask()
     finally:
         server.shutdown()
         server.server_close()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sivae.data.shards import refuse_more
 from sivae.errors import UserError, query_start, shown
 from sivae.storage import Folder, permanent
 
@@ -86,9 +87,11 @@ class File:
 
         def check(i: int, data: bytes):
             start, stop = ranges[i]
-            if start is not None and len(data) != stop - start:
-                return f"{len(data)} bytes came where {stop - start} were asked for"
-            return None
+            if start is None:
+                return None
+            refuse_more(self.where, len(data), stop - start)
+            short = len(data) < stop - start
+            return f"{len(data)} bytes came where {stop - start} were asked for" if short else None
 
         found, problems = self.folder.read_ranges([(self.name, *r) for r in ranges], check)
         for _, problem in problems:
