@@ -56,13 +56,14 @@ class Damage:
     short: bool = False  # some of their bytes did not come
 
 
-def refuse_more(what: str, num_bytes: int, asked: int) -> None:
-    """Raises UserError where more came than was asked for, which another try does not help."""
-    if num_bytes > asked:
-        raise UserError(
-            f"{what} cannot be read: the server ignores ranges ({num_bytes} bytes came where {asked} were asked for); "
-            "use one that answers them, or copy the set to a disk"
-        )
+def too_much(what: str, num_bytes: int, asked: int) -> UserError | None:
+    """What to say, when trying again has not helped, where more bytes came than were asked for; None where not."""
+    if num_bytes <= asked:
+        return None
+    return UserError(
+        f"{what} cannot be read: the server ignores ranges ({num_bytes} bytes came where {asked} were asked for); "
+        "use one that answers them, or copy the set to a disk"
+    )
 
 
 def plan(index, samples: Iterable[int]) -> list[Range]:
@@ -225,6 +226,8 @@ class ShardReader:
         for i, (r, data) in enumerate(zip(ranges, found)):
             damage = problems.get(i)
             tried = 1 if permanent(damage) else self.folder.attempts
+            if isinstance(damage, UserError):
+                raise damage
             if isinstance(damage, Exception):
                 if not lost(damage):
                     raise self._error(UserError, r.samples[0], self.folder.reason(damage), tried)
@@ -243,9 +246,10 @@ class ShardReader:
         start = int(self.index.offset[sample]) - r.start
         return data[start : start + int(self.index.size[sample])]
 
-    def _problem(self, r: Range, data: bytes) -> Damage | None:
+    def _problem(self, r: Range, data: bytes) -> Damage | UserError | None:
         """What is wrong with the bytes of a range; None when each sample is as it was packed."""
-        refuse_more(self._where(r.samples[0]), len(data), r.stop - r.start)
+        if error := too_much(self._where(r.samples[0]), len(data), r.stop - r.start):
+            return error
         wrong: dict[int, str] = {}
         short = False
         for sample in r.samples:

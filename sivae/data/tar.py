@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from sivae.data.shards import refuse_more
+from sivae.data.shards import too_much
 from sivae.errors import UserError, shown
 from sivae.storage import Folder
 
@@ -64,12 +64,15 @@ class RangeFile:
         if start >= stop:
             return b""
 
-        def check(_, data: bytes) -> str | None:
-            refuse_more(f"{shown(self.folder.url)}/{self.name}", len(data), stop - start)
-            return None if len(data) == stop - start else f"{len(data)} of {stop - start} bytes came from {start} on"
+        def check(_, data: bytes) -> str | UserError | None:
+            if len(data) < stop - start:
+                return f"{len(data)} of {stop - start} bytes came from {start} on"
+            return too_much(f"{shown(self.folder.url)}/{self.name}", len(data), stop - start)
 
         [data], problems = self.folder.read_ranges([(self.name, start, stop)], check)
         for _, problem in problems:
+            if isinstance(problem, UserError):
+                raise problem
             what = self.folder.reason(problem) if isinstance(problem, Exception) else problem
             raise UserError(
                 f"cannot read {shown(self.folder.url)}/{self.name}: {what}; see whether it can be read, and try again"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sivae.data.shards import refuse_more
+from sivae.data.shards import too_much
 from sivae.errors import UserError, query_start, shown
 from sivae.storage import Folder, permanent
 
@@ -89,14 +89,16 @@ class File:
             start, stop = ranges[i]
             if start is None:
                 return None
-            refuse_more(self.where, len(data), stop - start)
-            short = len(data) < stop - start
-            return f"{len(data)} bytes came where {stop - start} were asked for" if short else None
+            if len(data) < stop - start:
+                return f"{len(data)} bytes came where {stop - start} were asked for"
+            return too_much(self.where, len(data), stop - start)
 
         found, problems = self.folder.read_ranges([(self.name, *r) for r in ranges], check)
         for _, problem in problems:
             if isinstance(problem, FileNotFoundError):
                 raise missing(f"{self.where} is missing; put it back, or remove what names it")
+            if isinstance(problem, UserError):
+                raise problem
             tried = f", {self.folder.attempts} times" if self.folder.attempts > 1 else ""
             what = problem if isinstance(problem, str) else self.folder.reason(problem)
             raise UserError(
