@@ -22,8 +22,14 @@ def write_names(folder: Folder, index: Index, names: Sequence[str]) -> None:
 
 def read_names(folder: Folder) -> dict[str, str]:
     """Empty where there are none. Raises UserError for a damaged file."""
-    if not folder.exists(FILE_NAME):
-        return {}
+    try:
+        if not folder.exists(FILE_NAME):
+            return {}
+    except UserError as error:
+        # What a bucket that may be read and not listed says of a file that is not there.
+        if isinstance(error.__cause__, PermissionError) or getattr(error.__cause__, "status", None) == 403:
+            return {}
+        raise
     try:
         held = json.loads(folder.read(FILE_NAME))
         if not all(isinstance(name, str) for name in held.values()):

@@ -22,6 +22,7 @@ from PIL import Image
 
 from sivae.data import ImageStream, Index, pack_shard
 from sivae.data.fit import crop_box, pyramid
+from sivae.data.names import read_names
 from sivae.data.pack import fit, pack, pack_once
 from sivae.data.scratch import Scratch
 from sivae.data.sources import natural_key, open_source, to_uint8
@@ -531,6 +532,20 @@ def test_the_names_of_the_source_stay(tmp_path):
         ImageStream(str(tmp_path / "again"), split="all", batch_size=1).names  # noqa: B018
     folder, _ = packed(tmp_path, noise(5, 8, 8, 1), "arrays")
     assert ImageStream(folder, split="train", batch_size=1).names == {}
+
+
+@pytest.mark.parametrize("error, is_absent", [(PermissionError("Forbidden"), True), (TimeoutError(), False)])
+def test_a_bucket_that_may_not_be_listed_has_no_names(tmp_path, monkeypatch, error, is_absent):
+    def exists(self, path):
+        raise error
+
+    monkeypatch.setattr(Folder, "_exists", exists)
+    folder = Folder(tmp_path, retries=0)
+    if is_absent:
+        assert read_names(folder) == {}
+    else:
+        with pytest.raises(UserError, match="cannot look at"):
+            read_names(folder)
 
 
 def test_splits():
