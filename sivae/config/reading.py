@@ -16,7 +16,6 @@ from sivae.config.model import ConvModel, MlpModel, ModelSettings, StyleModel, T
 from sivae.config.run import Config
 from sivae.config.section import ConfigError, Section
 from sivae.config.sentences import sentence
-from sivae.errors import query_start
 
 Settings = TypeVar("Settings", bound=Section)
 
@@ -79,7 +78,8 @@ def dump(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json", exclude={"run": {"storage_options"}, "data": {"storage_options"}})
     for section, key in (("run", "directory"), ("run", "init_from"), ("data", "url"), ("evaluate", "data")):
         if url := tree[section][key]:
-            masked = url[: query_start(url)] + "?..." * (query_start(url) < len(url))
+            # In a local path a question mark is a letter like any other.
+            masked = re.sub(r"^(?!file:|local:)(\w[\w+.-]*://[^?]*)\?.*", r"\1?...", url)
             tree[section][key] = re.sub(r"//[^/\s]+@", "//...@", masked)
     return tree
 
