@@ -79,7 +79,7 @@ def dump(config: Config) -> dict[str, Any]:
     for section, key in (("run", "directory"), ("run", "init_from"), ("data", "url"), ("evaluate", "data")):
         if url := tree[section][key]:
             # In a local path a question mark is a letter like any other.
-            masked = re.sub(r"^(?!file:|local:)(\w[\w+.-]*://[^?]*)\?.*", r"\1?...", url)
+            masked = re.sub(r"^(?!file:|local:)([^?]*://[^?]*)\?.*", r"\1?...", url)
             tree[section][key] = re.sub(r"//[^/\s]+@", "//...@", masked)
     return tree
 
