@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from launch import cluster, train
@@ -115,8 +116,22 @@ def _stop_on_signals(run: Run) -> None:
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
     sys.stdout = cluster.Quiet(sys.stdout)
+    code = train.EXIT_ERROR
+    try:
+        code = _drive_or_tell(sys.argv[1:])
+        return code
+    finally:
+        with suppress(OSError):
+            sys.stdout.flush()
+        if train.FAILURES_FILE in os.environ:
+            say_ended(Path(os.environ[train.FAILURES_FILE]), code)
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+
+
+def _drive_or_tell(arguments: list[str]) -> int:
+    """The exit code, after a sentence where it is not one of `drive`."""
     try:
         return drive(arguments)
     except (UserError, ConfigError) as error:
@@ -137,11 +152,6 @@ def main() -> int:
             file=sys.stderr,
         )
         return train.EXIT_ERROR
-    finally:
-        if train.FAILURES_FILE in os.environ:
-            say_ended(Path(os.environ[train.FAILURES_FILE]))
-        if "ray" in sys.modules:
-            sys.modules["ray"].shutdown()
 
 
 if __name__ == "__main__":

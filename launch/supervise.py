@@ -19,8 +19,9 @@ def supervise(
 ) -> int:
     """Run `command` to its end and return its exit code.
 
-    It counts as lost when a signal that did not come through here ended it, when it says so itself with code LOST, or when it
-    ended without `say_ended` (Ray's compiled part ends the process when the cluster's head is gone). `count` is a file with
+    It has ended in its own way when it called `say_ended`: then that code counts, whatever becomes of the process in its last
+    moments, in which Ray's compiled part may crash. Without, it counts as lost (that part ends the process when the cluster's head
+    is gone), unless a signal came through here; and when it says so itself with code LOST. `count` is a file with
     the number of failures so far, which the command raises too; beyond `max_failures` (-1: never) the loss is final and 1 is
     returned.
     """
@@ -44,9 +45,13 @@ def supervise(
                 child.send_signal(signal.SIGTERM)
             code = child.wait()
             ended = _ended(count)
-            if asked or (code >= 0 and code != LOST and ended.exists()):
+            if ended.exists():
+                code = int(ended.read_text())
+                ended.unlink()
+                if asked or code != LOST:
+                    return code
+            elif asked:
                 return code if code >= 0 else 128 - code
-            ended.unlink(missing_ok=True)
             failures = int(count.read_text() or 0) + 1
             count.write_text(str(failures))
             what = (
@@ -65,9 +70,11 @@ def supervise(
             signal.signal(number, handler)
 
 
-def say_ended(count: Path) -> None:
-    """The command ends in its own way: what it returns is what it means."""
-    _ended(count).touch()
+def say_ended(count: Path, code: int) -> None:
+    """The command ends in its own way, and `code` is what it returns."""
+    partial = _ended(count).with_suffix(".partial")
+    partial.write_text(str(code))
+    partial.rename(_ended(count))
 
 
 def _ended(count: Path) -> Path:
