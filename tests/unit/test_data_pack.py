@@ -517,15 +517,17 @@ def test_the_names_of_the_source_stay(tmp_path):
     """Of each level of a pyramid, and when the set is packed again; a name that is no text of UTF-8 too."""
     photos = tmp_path / "photos"
     photos.mkdir()
-    called = ["a b#1.png", "Größe.png", "x\udcff.png"]
+    called = ["a b#1.png", "Größe.png", *(f"k{number}.png" for number in range(8)), "x\udcff.png"]
     for number, name in enumerate(called):
-        Image.fromarray(np.full((8, 8), 50 * number, np.uint8)).save(photos / name)
-    pack(photos, tmp_path / "set", resolution=8, pyramid=True, splits="train=0:1,test=1:", progress=False)
+        Image.fromarray(np.full((8, 8), 20 * number, np.uint8)).save(photos / name)
+    # By shares, so that the set has another order than the source.
+    index = pack(photos, tmp_path / "set", resolution=8, pyramid=True, splits="test=50%", progress=False)
+    assert index.key != sorted(index.key)
     pack(tmp_path / "set" / "8", tmp_path / "again", resolution=8, progress=False)
     told = [name.encode(errors="backslashreplace").decode() for name in called]
     for folder in ("set/8", "set/4", "again"):
         stream = ImageStream(str(tmp_path / folder), split="all", batch_size=1)
-        values = stream.sample(range(3)).images[:, 0, 0, 0] // 50
+        values = stream.sample(range(len(called))).images[:, 0, 0, 0] // 20
         assert [stream.names[key] for key in stream.index.key] == [told[value] for value in values]
     (tmp_path / "again" / "names.json").write_text("[1]")
     with pytest.raises(UserError, match="names.json: is damaged"):
