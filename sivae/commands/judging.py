@@ -87,7 +87,10 @@ def ood(options: argparse.Namespace) -> None:
     before = outliers.inliers_of_calibration(folder, model)
     kept = outliers.write_calibration(folder, model, calibration)
     replaced = f", in place of those of {before}" if before not in (None, names[0]) else ""
-    print(f"{kept}: thresholds of {names[0]}{replaced}; judge an image with sivae ood {options.model} --judge IMAGE")
+    there = f" --keep {options.keep}" if options.keep else ""
+    print(
+        f"{kept}: thresholds of {names[0]}{replaced}; judge an image with sivae ood {options.model} --judge IMAGE{there}"
+    )
     write_bytes(options.output, outliers.histograms(inlier, outlier, results, *names))
 
 

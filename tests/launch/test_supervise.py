@@ -15,8 +15,8 @@ import os, sys
 from pathlib import Path
 from launch.supervise import say_ended
 count = Path(os.environ["COUNT"])
-first = count.read_text() == "0"
-said, ends = sys.argv[1:3] if first else ("0", "0")
+lives = [*(life.split(":") for life in sys.argv[1:]), ("0", "0")]
+said, ends = lives[int(count.read_text())]
 if said != "none":
     say_ended(count, int(said))
 if int(ends) < 0:
@@ -26,26 +26,24 @@ sys.exit(int(ends))
 
 
 @pytest.mark.parametrize(
-    "said, ends, code, failures",
+    "lives, code, failures",
     [
-        (75, 75, 75, 0),
-        (0, -signal.SIGSEGV, 0, 0),  # crashed in its last moments: the work was done
-        (75, -signal.SIGABRT, 75, 0),
-        (1, 1, 1, 0),
-        (LOST, LOST, 0, 1),
-        (LOST, -signal.SIGSEGV, 0, 1),
-        ("none", -signal.SIGKILL, 0, 1),
-        ("none", 1, 0, 1),
+        (["75:75"], 75, 0),
+        ([f"0:{-signal.SIGSEGV}"], 0, 0),  # crashed in its last moments: the work was done
+        ([f"75:{-signal.SIGABRT}"], 75, 0),
+        (["1:1"], 1, 0),
+        ([f"{LOST}:{LOST}"], 0, 1),
+        ([f"{LOST}:{-signal.SIGSEGV}"], 0, 1),
+        ([f"none:{-signal.SIGKILL}"], 0, 1),
+        (["none:1"], 0, 1),
+        ([f"{LOST}:{LOST}", "none:3"], 0, 2),  # what the one before it said is not its word
     ],
 )
-def test_what_a_process_said_counts(tmp_path, said, ends, code, failures):
-    count = tmp_path / "failures"
+def test_what_a_process_said_counts(tmp_path, lives, code, failures):
+    """Each life is what it says, and how it ends; after the last it starts once more and ends well."""
+    count, told = tmp_path / "failures", []
     count.write_text("0")
-    found = supervise(
-        [sys.executable, "-c", CHILD, str(said), str(int(ends))],
-        count,
-        -1,
-        {"COUNT": str(count)},
-        say=lambda line: None,
-    )
-    assert (found, int(count.read_text())) == (code, failures)
+    command = [sys.executable, "-c", CHILD, *lives]
+    assert supervise(command, count, -1, {"COUNT": str(count)}, say=told.append) == code
+    assert int(count.read_text()) == len(told) == failures
+    assert not count.with_name("ended").exists()

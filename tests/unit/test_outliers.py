@@ -187,6 +187,7 @@ def test_figures_and_thresholds_may_be_kept_elsewhere(sets, tmp_path, capsys, mo
     """A published model may lie where nobody can write."""
     model = export_model(tmp_path / "model")
     assert main(arguments(model, sets, "--keep", "kept")) == 0
+    assert f"sivae ood {model} --judge IMAGE --keep kept" in capsys.readouterr().out
     (figures, thresholds) = sorted(Path("kept").iterdir())
     assert figures.name == "evaluations" and thresholds.name == outliers.calibration_file(sivae.load(model))
     assert sorted(path.name for path in Path(model).iterdir()) == ["README.md", "model.safetensors", "sivae.json"]
