@@ -57,7 +57,7 @@ class TrainingState:
         """Whole CPU tensors by file and name, as a checkpoint keeps them; for rank 0 alone. Copies: training on leaves them alone."""
         tensors = {
             "weights": _joined(self.encoder.state_dict(main_only=True), self.decoder.state_dict(main_only=True)),
-            "average": self.average(),
+            "average": self.average(main_only=True),
             "optimizer": _joined(
                 self.encoder.optimizer_state_dict(main_only=True), self.decoder.optimizer_state_dict(main_only=True)
             ),
@@ -66,9 +66,9 @@ class TrainingState:
             tensors["target"] = {name: value.to("cpu", copy=True) for name, value in self.target.state_dict().items()}
         return tensors
 
-    def average(self) -> dict[str, Tensor]:
-        """The running average of both networks, which samples are made with; for rank 0 alone."""
-        return _joined(self.encoder.average_state_dict(main_only=True), self.decoder.average_state_dict(main_only=True))
+    def average(self, main_only: bool = False) -> dict[str, Tensor]:
+        """The running average of both networks, which samples are made with, on every rank's CPU."""
+        return _joined(self.encoder.average_state_dict(main_only), self.decoder.average_state_dict(main_only))
 
     def restore(self, tensors: Tensors) -> None:
         for engine, prefix in ((self.encoder, "encoder"), (self.decoder, "decoder")):

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sivae import __version__, config, distributed, inference, pictures, randomness, run_directory, schedule
 from sivae.background import Background
 from sivae.checkpoint import Checkpoint
 from sivae.config import Config
-from sivae.data import Batch
+from sivae.data import Batch, ImageStream
 from sivae.distributed import Group
 from sivae.errors import UserError, shown
 from sivae.evaluator import Evaluator
@@ -88,6 +89,7 @@ class Trainer:
         self.images_seen, self.attempt = 0, 0
         self.metrics: dict[str, float] = {}
         self.picture: str | None = None
+        self.pictured: tuple[ImageStream, dict[str, Tensor]] | None = None  # the images that pictures show
         self.gap, self.substitutes = GapWatch(), Substitutes(group)
         self.stop_asked = False
         self.batches: Generator[Batch, None, None] | None = None
@@ -352,27 +354,35 @@ class Trainer:
     @span("pictures")
     def _draw(self) -> None:
         """Real images, reconstructions and samples from the averaged weights; the same images and latents each time."""
-        average = self.state.average()
-
-        def make() -> pictures.Pictures:
-            model = inference.Model(self.settings.model.model_dump(), self.group.device, {"stage": self.levels.stage})
-            inference.fill(model, average, "the running average")
-            stream = self.levels.stream
-            batch = stream.sample(range(min(self.settings.tracking.picture_count, len(stream))))
-            real = self.inputs.images(batch.images)
-            return pictures.make(model, real, batch.labels, self.settings.run.seed)
+        model = inference.Model(self.settings.model.model_dump(), self.group.device, {"stage": self.levels.stage})
+        inference.fill(model, self.state.average(), "the running average")
+        pictures.share(model, self.group)
+        fixed, images_seen = self._pictured(), self.images_seen
+        made = pictures.make(model, self.inputs.images(fixed["images"]), fixed.get("labels"), self.settings.run.seed)
 
         def draw() -> str:
-            made, images_seen = make(), self.images_seen
             self.background.submit(lambda: made.write(self.tracker, images_seen))
             return self.tracker.picture_path("samples", images_seen)
 
         self.picture = self.group.on_main(draw)
 
+    def _pictured(self) -> dict[str, Tensor]:
+        """The images and labels that pictures show: rank 0 reads them once for each level."""
+        stream = self.levels.stream
+
+        def read() -> dict[str, Tensor]:
+            batch = stream.sample(range(min(self.settings.tracking.picture_count, len(stream))))
+            found = {"images": batch.images, "labels": batch.labels}
+            return {name: value.contiguous() for name, value in found.items() if value is not None}
+
+        if self.pictured is None or self.pictured[0] is not stream:
+            self.pictured = stream, self.group.broadcast_from_main(read)
+        return self.pictured[1]
+
     def _evaluate(self) -> bool:
         """Judge the averaged weights; True when they are the best so far, and to be saved."""
         start = time.monotonic()
-        sentence = self.evaluator.run(self.group.broadcast(self.state.average()), self.images_seen)
+        sentence = self.evaluator.run(self.state.average(), self.images_seen)
         if sentence:
             self.tracker.note(sentence)
         else:

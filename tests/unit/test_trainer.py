@@ -18,6 +18,7 @@ from PIL import Image
 
 import sivae
 from sivae import checkpoint, config, distributed, images, inference, models, objectives, trainer
+from sivae.data import ImageStream
 from sivae.engines import Engine
 from sivae.errors import UserError
 from sivae.graphs import PLAIN
@@ -168,11 +169,14 @@ def test_tensorboard_shows_scalars_pictures_histograms_settings_and_hparams(run,
     )
 
 
-def test_pictures_use_the_same_images_and_latents_each_time(run, tmp_path):
+def test_pictures_use_the_same_images_and_latents_each_time(run, tmp_path, monkeypatch):
     """With nothing left to learn, two pictures of a run are the same pixels: neither images nor latents were drawn anew."""
+    sample, reads = ImageStream.sample, []
+    monkeypatch.setattr(ImageStream, "sample", lambda stream, numbers: reads.append(numbers) or sample(stream, numbers))
     run("tracking.picture_images=32", "encoder_optimizer.lr=1e-30", "decoder_optimizer.lr=1e-30")
     first, second = sorted((tmp_path / "run" / "pictures").glob("samples-*.png"))
     assert first.read_bytes() == second.read_bytes()
+    assert len(reads) == 1, "images of an object store are not fetched for every picture"
 
 
 def test_report_hears_of_metrics_and_checkpoints(cache_dir, tmp_path, run):
