@@ -66,7 +66,7 @@ def make_index(
     odd = next((name for name in names if not re.fullmatch(SHARD_NAME, name, re.ASCII)), None)
     if odd is not None:
         raise UserError(
-            f"{odd!r} is no name for a shard (a plain file name of letters, digits, . - and _); rename it, or {REPACK}"
+            f"{shown(f'{url}/{odd}')} is no name for a shard (a plain file name of letters, digits, . - and _); rename it, or {REPACK}"
         )
     folder = Folder(url, storage_options)
     where = shown(folder.url)

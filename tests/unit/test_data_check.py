@@ -446,3 +446,9 @@ def test_no_index_is_written_that_nothing_reads(tmp_path, name):
         with pytest.raises(UserError, match="is no name for a split"):
             make_index(str(tmp_path / "fine.tar"), split=split)
     assert not (tmp_path / "index.json").exists()
+
+
+def test_no_signature_is_in_what_is_said_of_a_name():
+    with pytest.raises(UserError, match=r"/a b\.tar\?\.\.\. is no name") as told:
+        make_index("https://localhost:1/a b.tar?X-Amz-Signature=secret")
+    assert "secret" not in str(told.value)

@@ -772,6 +772,11 @@ def test_shards_of_others(place):
         opened(f"{place}/set/shards-{{000000..000003}}.tar")
 
 
+def test_a_local_name_has_no_query(tmp_path):
+    (tmp_path / "what?.tar").write_bytes(shard(0, 3))
+    assert len(opened(tmp_path / "what?.tar")) == 3
+
+
 def test_damaged_shards_are_refused(tmp_path):
     path, whole = tmp_path / "a.tar", shard(0, 3)
     for at in (0, 100, 512, 1536, 4096, len(whole) // 2 // 512 * 512):

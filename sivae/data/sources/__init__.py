@@ -24,7 +24,7 @@ from sivae.data.sources.svhn import SVHN
 from sivae.data.sources.tars import Tars
 from sivae.data.sources.tfrecords import TFRecords
 from sivae.data.sources.zips import Zip
-from sivae.errors import UserError, shown
+from sivae.errors import UserError, query_start, shown
 from sivae.storage import Folder
 
 __all__ = ["DRAWN", "IMAGE_SUFFIXES", "BadImage", "Sample", "Source", "natural_key", "open_source", "to_uint8"]
@@ -104,7 +104,8 @@ def _find(source: str, storage_options: dict | None) -> tuple[type, tuple]:
         if not ask(folder, lambda: fs.isdir(path)):
             if not ask(folder, lambda: fs.exists(path)):
                 raise UserError(f"there is no source {shown(source)}; {KNOWN}")
-            kind = _match([name.split("?", 1)[0]], FILES)
+            without_query = name if query_start(source) == len(source) else name.split("?", 1)[0]
+            kind = _match([without_query], FILES)
             if kind is None:
                 raise UserError(f"{shown(source)} is no source; {KNOWN}")
             return kind, (parent, name)
