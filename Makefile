@@ -25,6 +25,8 @@ lint: .venv/ready
 # torch first and alone: without it in place pip would fetch the newest build with gigabytes of CUDA libraries.
 # setuptools and wheel are for deepspeed, which builds from source; DS_BUILD_OPS=0 compiles nothing.
 .venv/ready: setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"sivae needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"

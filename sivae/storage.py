@@ -248,7 +248,7 @@ class Folder:
             path, start, stop = request
             try:
                 return await asyncio.wait_for(self.fs._cat_file(path, start=start, end=stop), self.timeout_sec)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise TimeoutError(f"no whole answer within {self.timeout_sec:g} s") from None
 
         return await asyncio.gather(*map(read, requests), return_exceptions=True)

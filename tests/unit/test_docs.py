@@ -38,3 +38,9 @@ def test_settings_that_the_readme_names_are_accepted():
         except config.ConfigError as error:
             # Within reach of this file's model: only offloading and such need a second setting.
             pytest.fail(f"{key}={value}: {error}")
+
+
+def test_one_oldest_python_is_told():
+    told = re.search(r"Python (\d+)\.(\d+) or newer", (ROOT / "README.md").read_text()).groups()
+    assert f"python_requires = >={'.'.join(told)}\n" in (ROOT / "setup.cfg").read_text()
+    assert f"sys.version_info < ({', '.join(told)})" in (ROOT / "Makefile").read_text()
