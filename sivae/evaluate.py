@@ -219,11 +219,13 @@ class Evaluation:
                     return found is not None
 
                 if self.group.on_main(look):
-                    self.real[name] = _Features.of(found, self.group.device) if found else _Features(0)
+                    self.real[name] = _Features.of(found) if found else _Features(0)
 
     def _collect_real(self, names: list[str]) -> None:
         images = (batch.images for batch in self._real_batches())
-        self.real |= self._collect(names, self.protocol.num_reals, images, "real images")
+        found = self._collect(names, self.protocol.num_reals, images, "real images")
+        # Kept for the next time, and off a GPU that trains in between.
+        self.real |= {name: _Features.of(collected.tensors()) for name, collected in found.items()}
         if self.statistics is not None:
             self.group.on_main(lambda: self._keep_real(names))
 
@@ -273,7 +275,7 @@ class Evaluation:
         self._refuse_nonfinite(bad, "samples")
 
     def _collect(self, names: list[str], count: int, batches: Iterator[Tensor], what: str) -> dict[str, _Features]:
-        """Features of all ranks' images; `batches` are this rank's, in the order of `_units`. All finite, or a UserError."""
+        """On rank 0 the features of all ranks' images; `batches` are this rank's, in the order of `_units`. All finite, or a UserError."""
         device, units = self.group.device, iter(self._units(count))
         found = {}
         for name in names:
@@ -294,7 +296,7 @@ class Evaluation:
                 self.group.sum(tensor)
             if not bool(collected.sums.total.isfinite().all()):
                 raise UserError(f"detector {name}: its features of the {what} are not finite", shared=True)
-        return found
+        return found if self.group.is_main else {name: _Features(0) for name in found}
 
     def _judge_features(self, fake: dict[str, _Features]) -> dict[str, float]:
         """On rank 0."""
@@ -302,17 +304,18 @@ class Evaluation:
         for name in self.detectors:
             kinds = {figure.kind: figure.name for figure in self.figures if figure.detector == name}
             real, made = self.real[name], fake[name]
+            rows = real.rows.to(made.rows.device)
             values: dict[str, float] = {}
             if "frechet" in kinds:
                 values["frechet"] = frechet_distance(made.sums.moments(), real.sums.moments())
             if "kernel" in kinds:
-                values["kernel"], deviation = kid.kernel_distance(real.rows, made.rows, seed=self.protocol.seed)
+                values["kernel"], deviation = kid.kernel_distance(rows, made.rows, seed=self.protocol.seed)
                 figures[f"{kinds['kernel']}_deviation"] = deviation
             if kinds.keys() & {"precision", "recall"}:
-                pair = precision_recall.precision_recall(real.rows, made.rows)
+                pair = precision_recall.precision_recall(rows, made.rows)
                 values |= dict(zip(("precision", "recall"), pair))
             if kinds.keys() & {"density", "coverage"}:
-                pair = precision_recall.density_coverage(real.rows, made.rows)
+                pair = precision_recall.density_coverage(rows, made.rows)
                 values |= dict(zip(("density", "coverage"), pair))
             figures |= {kinds[kind]: value for kind, value in values.items() if kind in kinds}
         return figures
@@ -389,9 +392,9 @@ class _Features:
         self.rows = torch.zeros(num_rows, dim, device=device)
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor], device: torch.device) -> _Features:
-        """From what `tensors` gave."""
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    def of(cls, tensors: dict[str, Tensor]) -> _Features:
+        """From what `tensors` gave, in the host's memory."""
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         made = cls(0)
         made.sums, made.rows = MomentSums.of(tensors), tensors["rows"]
         return made

@@ -48,6 +48,30 @@ def test_two_ranks_equal_one(data, tmp_path):
     assert figures(model) == pytest.approx(found[0], rel=1e-9, abs=1e-9)
 
 
+KEPT = """
+import sys
+import sivae
+from sivae import distributed, evaluate
+from sivae.data import open_stream
+with distributed.join("cpu") as group:
+    stream = open_stream(sys.argv[1], split="all", resolution=8, batch_size=1, progress=False)
+    judging = evaluate.Evaluation(stream, evaluate.Protocol(("precision_pixels",), num_fakes=40, num_reals=64), group)
+    judging.run(sivae.load(sys.argv[2]))
+    features = judging.real["pixels"]
+    print(f"rank {group.rank} keeps {len(features.rows)}, sums of {int(features.sums.count)}", flush=True)
+    distributed.end_process(0)
+"""
+
+
+def test_between_judgements_rank_0_alone_keeps_the_real_images_features(data, tmp_path):
+    script = tmp_path / "kept.py"
+    script.write_text(KEPT)
+    done = run_torchrun(2, [str(script), data, export_model(tmp_path / "model")])
+    assert done.returncode == 0, done.stderr
+    told = {line for line in done.stdout.splitlines() if line.startswith("rank ")}
+    assert told == {"rank 0 keeps 64, sums of 64", "rank 1 keeps 0, sums of 0"}
+
+
 PATIENT = """
 import sys, time
 from sivae import distributed, evaluate
