@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sivae import cpu_adam
 from sivae.distributed import Group
 from sivae.objectives import Phase
 from sivae.profiling import span
@@ -73,9 +74,8 @@ class Engine:
         self.offload = offload_optimizer
         self.eps, self.eps_hat, self.beta2, self.num_steps = eps, eps_hat, betas[1], 0
         if offload_optimizer:
-            optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
-                wrapped.parameters(), lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay
-            )
+            adam = group.together(lambda: cpu_adam.load(deepspeed, tells=group.is_main))
+            optimizer = adam(wrapped.parameters(), lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
         else:
             # Without weight decay AdamW is Adam. Fused: the only implementation that honours `found_inf`.
             optimizer = torch.optim.AdamW(
