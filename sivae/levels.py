@@ -64,6 +64,17 @@ class Levels:
         """Number and blend of the level that the step after so many images trains."""
         return schedule.level_at(images_seen, [(level.images, level.fade_images) for level in self.levels])
 
+    def at_the_end(self, images_seen: int) -> tuple[int, float]:
+        """Number and blend of the level that the last step of the run trains, which stands at `images_seen`."""
+        total, end = self.settings.schedule.total_images, 0
+        for level in self.levels:
+            end = total if level is self.levels[-1] else min(end + level.images, total)
+            steps = max(0, -(-(end - images_seen) // level.batch_size))
+            images_seen += steps * level.batch_size
+            if images_seen >= total:
+                return self.at(images_seen - level.batch_size)
+        raise AssertionError("a run has a last step")
+
     def enter(self, index: int, state: TrainingState) -> None:
         """Train this level from now on."""
         self.index = index

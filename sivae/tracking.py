@@ -50,8 +50,8 @@ class Tracker:
                 # Slow to import, so only where it is wanted.
                 from torch.utils.tensorboard import SummaryWriter
 
-                purge = images_seen + 1 if images_seen else None
-                self.writer = SummaryWriter(os.path.join(self.local, "tensorboard"), purge_step=purge)
+                # Also at 0: a life that ended before its first checkpoint left points too.
+                self.writer = SummaryWriter(os.path.join(self.local, "tensorboard"), purge_step=images_seen + 1)
                 self.writer.add_text("settings", f"```yaml\n{self.settings_yaml}```", images_seen)
         if self.wants_progress and self.bar is None:
             self.bar = progress_bar(self.total_images, "train", " images", initial=images_seen)

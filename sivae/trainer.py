@@ -213,12 +213,14 @@ class Trainer:
         elif run.on_nonfinite == "rollback" and self.profile is None:
             self._save()  # something to return to
             self.saver.settle()
-        last, levels = self.levels.at(total)[0], self.levels.levels
-        if levels[last] is not levels[-1]:
+        if self.images_seen < total:
+            index, blend = self.levels.at_the_end(self.images_seen)
             judged = "; nor is it judged, for only a grown model is" if self.settings.evaluate.every_images else ""
-            self.tracker.note(
-                f"the run ends at {levels[last].resolution} pixels, before its schedule reaches the last level{judged}"
-            )
+            if self.levels.levels[index] is not self.levels.levels[-1]:
+                pixels = self.levels.levels[index].resolution
+                self.tracker.note(f"the run ends at {pixels} pixels, before its schedule reaches the last level{judged}")
+            elif blend < 1:
+                self.tracker.note(f"the run ends while its last level still fades in{judged}")
 
     # A step
 

@@ -330,6 +330,36 @@ def test_a_level_multiplies_beta_neg(run):
     assert factor == larger and factor != smaller
 
 
+@pytest.mark.parametrize(
+    "total, told",
+    [
+        (32, "ends at 8 pixels, before its schedule reaches the last level; nor is it judged"),
+        (80, "ends while its last level still fades in; nor is it judged"),
+        (97, None),
+    ],
+)
+def test_a_run_that_ends_before_it_is_grown_says_so(run, tmp_path, capfd, total, told):
+    """What is said at the start is what becomes of it: a batch is 16, the second level fades in from 32 to 96 images."""
+    judging = ["evaluate.every_images=16", "evaluate.metrics=[mse]", "evaluate.num_reals=16", "tracking.log_images=1"]
+    _, _, lines = run(STYLE, LEVELS % "", f"schedule.total_images={total}", "schedule.batch_size=16", *judging)
+    notes = [line for line in capfd.readouterr().err.splitlines() if "the run ends" in line]
+    assert len(notes) == (told is not None) and all(told in note for note in notes)
+    last = [line for line in lines if "schedule/blend" in line][-1]
+    grown = (last["schedule/resolution"], last["schedule/blend"]) == (16, 1)
+    assert grown == (told is None) == (tmp_path / "run" / "evaluations").exists()
+
+
+def test_the_points_of_a_life_without_a_checkpoint_are_not_shown(run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("tracking.tensorboard=true")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    run("tracking.tensorboard=true", "schedule.total_images=32")
+    log = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    log.Reload()
+    assert [event.step for event in log.Scalars("terms/rec")] == [32]
+
+
 def test_a_compiled_run_can_begin(tmp_path):
     """Nothing is compiled before the first step. In a process of its own: here others may have imported what it needs."""
     code = (
