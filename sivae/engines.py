@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -156,6 +156,16 @@ class Engine:
                 values[moment].zero_()
             values["step"] = values["step"].zero_() if isinstance(values["step"], Tensor) else 0
 
+    @torch.no_grad()
+    def reset_moments(self, layers: Iterable[nn.Module]) -> None:
+        """Adam's moments of layers that are used no more. Under ZeRO their gradient is zero, and what is left of the moments would
+        move them on; at stage 0 they have none."""
+        wanted = {parameter for layer in layers for parameter in layer.parameters()}
+        with self._thawed() as ds:
+            for name, parameter in self.network.named_parameters():
+                for moment in MOMENTS if parameter in wanted else ():
+                    self._set_moment(ds, parameter, moment, torch.zeros(self.shapes[name], device=self.group.device))
+
     def gradient_norm(self) -> Tensor | None:
         """Norm of the whole gradient before the step, where it is whole: at stage 0. Under ZeRO `step` leaves it in `grad_norm`."""
         if self.zero_stage:
@@ -243,13 +253,7 @@ class Engine:
         with self._thawed() as ds:
             for moment in MOMENTS:
                 for name, parameter in self.network.named_parameters():
-                    value = state[f"{moment}.{name}"].to(self.group.device)
-                    if self.zero_stage == 0:
-                        adam.state[parameter][moment].copy_(value)
-                    elif self.zero_stage == 3:
-                        ds.safe_set_local_optimizer_state(parameter, self._shard(value, parameter), moment)
-                    else:
-                        ds.safe_set_full_optimizer_state(parameter, value, moment)
+                    self._set_moment(ds, parameter, moment, state[f"{moment}.{name}"].to(self.group.device))
 
     # Helpers
 
@@ -269,6 +273,14 @@ class Engine:
         yield deepspeed.utils
         for parameter, requires_grad in zip(self.network.parameters(), before):
             parameter.requires_grad_(requires_grad)
+
+    def _set_moment(self, ds: Any, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
+        if self.zero_stage == 0:
+            self._adam().state[parameter][moment].copy_(value)
+        elif self.zero_stage == 3:
+            ds.safe_set_local_optimizer_state(parameter, self._shard(value, parameter), moment)
+        else:
+            ds.safe_set_full_optimizer_state(parameter, value, moment)
 
     def _init_optimizer(self) -> None:
         """Adam's state as before the first step, present from the start, so that a checkpoint can be loaded into it."""

@@ -86,6 +86,9 @@ class Levels:
         """Do as the schedule says for the next step. At a new level, where it returns True, the optimizers start anew."""
         index, self.blend = self.at(images_seen)
         if index == self.index:
+            if self.blend == 1 and images_seen >= self.batch_size and self.at(images_seen - self.batch_size)[1] < 1:
+                for engine in (state.encoder, state.decoder):
+                    engine.reset_moments(engine.network.idle(**self.stage))
             return False
         self.enter(index, state)
         state.encoder.reset_optimizer()

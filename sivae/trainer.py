@@ -218,7 +218,9 @@ class Trainer:
             judged = "; nor is it judged, for only a grown model is" if self.settings.evaluate.every_images else ""
             if self.levels.levels[index] is not self.levels.levels[-1]:
                 pixels = self.levels.levels[index].resolution
-                self.tracker.note(f"the run ends at {pixels} pixels, before its schedule reaches the last level{judged}")
+                self.tracker.note(
+                    f"the run ends at {pixels} pixels, before its schedule reaches the last level{judged}"
+                )
             elif blend < 1:
                 self.tracker.note(f"the run ends while its last level still fades in{judged}")
 

@@ -324,6 +324,11 @@ class Config(Section):
                 raise ValueError(
                     f"{name}.eps_hat: the optimizer of engine.offload_optimizer cannot do it; set one of them to false"
                 )
+            if getattr(self, name).weight_decay and self.schedule.levels and self.engine.zero_stage:
+                raise ValueError(
+                    f"{name}.weight_decay: under ZeRO levels that have not begun would decay too; set it to 0, or"
+                    " engine.zero_stage to 0"
+                )
             lr = getattr(self, name).schedule
             if lr.warmup_images + lr.hold_images > self.schedule.total_images and lr.kind == "cosine":
                 raise ValueError(

@@ -68,6 +68,11 @@ def newest_state(folder: Path) -> dict:
     return json.loads((folder / "checkpoints" / name / "state.json").read_text())
 
 
+def tensors_at(folder: Path, images: int) -> dict:
+    found = sivae.checkpoint.read(Folder(str(folder)), f"{images:012d}").tensors
+    return {f"{file}/{name}": value for file, tensors in found.items() for name, value in tensors.items()}
+
+
 def test_a_run_grows_as_its_schedule_says(undisturbed):
     lines = {line["images_seen"]: line for line in logged(undisturbed)}
     assert list(lines) == list(range(EVERY_IMAGES, TOTAL_IMAGES + 1, EVERY_IMAGES))
@@ -100,6 +105,22 @@ def test_a_new_level_starts_with_fresh_optimizers(undisturbed):
     steps = [int(optimizer(images)["encoder.step"]) for images in (32, 64, 224, 256)]
     assert steps == [2, 1, 11, 2]
     assert optimizer(32)["decoder.exp_avg_sq.constant"].any()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_layers_that_are_used_no_more_stand_still(arguments, tmp_path, stage):
+    """From 208 images on the image is made at 8 pixels alone. Under ZeRO momentum would move the 4 pixels' layers on."""
+    momentum = [f"{name}_optimizer.betas=[0.9,0.99]" for name in ("encoder", "decoder")]
+    done = run_sivae(arguments(tmp_path, *momentum, f"engine.zero_stage={stage}", "schedule.total_images=240"))
+    assert done.returncode == 0, done.stderr
+    before, still, after = (tensors_at(tmp_path, images) for images in (192, 224, 240))
+    faded = [name for name in after if ".to_rgb.0." in name or ".from_rgb.2." in name]
+    moments = [name for name in faded if "exp_avg" in name]
+    weights = [name for name in faded if name.startswith("weights/")]
+    assert len(moments) == 2 * len(weights) == 8
+    assert all(before[name].any() for name in moments) and not any(after[name].any() for name in moments)
+
+    assert all(still[name].equal(after[name]) for name in weights)
 
 
 def test_killed_five_times_it_ends_bitwise_equal(arguments, undisturbed, tmp_path):

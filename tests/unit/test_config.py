@@ -394,6 +394,10 @@ EIGHT, SIXTEEN = {"resolution": 8, "images": 300}, {"resolution": 16}
         ([EIGHT | {"resolution": 4}, EIGHT | {"fade_images": 301}, SIXTEEN], {}, "schedule.levels.1.fade_images: 301 is more than the 300"),
         ([{"resolution": 2, "images": 9}, {"resolution": 4, "images": 9}, EIGHT, SIXTEEN], {}, "schedule.levels.0.resolution: levels begin at 4"),
         ([EIGHT | {"batch_size": 2000}, SIXTEEN], {}, "schedule.batch_size: 2000 is more than schedule.total_images=1000"),
+        (
+            [EIGHT, SIXTEEN], {"engine": {"zero_stage": 1}, "decoder_optimizer": {"weight_decay": 0.1}},
+            "decoder_optimizer.weight_decay: under ZeRO levels that have not begun would decay too",
+        ),
         ([EIGHT | {"beta_neg_factor": 2.0}, SIXTEEN], {"objective": {"name": "vae"}}, "schedule.levels: objective vae has no beta_neg"),
         (
             [EIGHT, SIXTEEN], {"model": {"family": "conv", "num_channels": 1, "resolution": 16, "channels": [8]}},
