@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import threading
 from contextlib import AbstractContextManager, nullcontext
@@ -375,7 +376,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+    options = _parse(arguments)
     if arguments is not None:
         return _run(options, nullcontext())
     # Without arguments the process is ours, from its imports to its end.
@@ -388,6 +389,17 @@ def main(arguments: list[str] | None = None) -> int:
     if distributed is not None and distributed.joined:
         distributed.end_process(code)
     return code
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Settings may also stand behind options, where argparse does not look for them."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(options, "overrides") and all(re.match(r"[^-=][^=]*=", word) for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _run(options: argparse.Namespace, around_imports: AbstractContextManager) -> int:

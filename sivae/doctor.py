@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from sivae import __version__, checkpoint, config, run_directory
-from sivae.distributed import pick_device
-from sivae.errors import UserError
+from sivae.distributed import Group, pick_device
+from sivae.errors import UserError, shown
 from sivae.storage import Folder
 
 OPTIONAL = {
@@ -35,7 +38,7 @@ def run(path: str | None, overrides: list[str]) -> int:
         print(f"{'ok  ' if good else 'note' if good is None else 'BAD '}  {text}")
 
     line(
-        sys.version_info >= (3, 10),
+        sys.version_info >= (3, 11),
         f"sivae {__version__}, Python {platform.python_version()}, {os.cpu_count()} CPU cores",
     )
     for name in run_directory.PACKAGES:
@@ -95,36 +98,56 @@ def _precision_advice(speeds: dict[str, float]) -> str:
 
 
 def _check_config(path: str, overrides: list[str], line) -> None:
-    from sivae.data import open_stream
+    """What a run looks at when it starts, up to its first step."""
+    from sivae.background import Background
+    from sivae.evaluator import Evaluator
+    from sivae.levels import Levels
+    from sivae.state import initial_tensors
 
     try:
         settings = config.load(path, overrides)
-        line(
-            True,
-            f"{path}: valid, global batch {settings.schedule.batch_size}, {settings.schedule.total_images:,} images",
-        )
     except config.ConfigError as error:
         line(False, str(error))
         return
-    try:
-        folder = Folder(settings.run.directory, settings.run.storage_options)
+    line(True, f"{path}: valid, global batch {settings.schedule.batch_size}, {settings.schedule.total_images:,} images")
+    alone = Group(0, 1, torch.device("cpu"), None)
+    folder = Folder(settings.run.directory, settings.run.storage_options)
+
+    def directory() -> str:
         folder.try_writing()
-        names = checkpoint.list_names(folder)
-        line(
-            True,
-            f"run.directory {settings.run.directory}: can be written; "
-            + (f"resumes from checkpoint {names[-1]}" if names else "no checkpoint yet"),
-        )
-    except UserError as error:
-        line(False, f"run.directory: {error}")
-    try:
-        data, model = settings.data, settings.model
-        for level in settings.levels():
-            stream = open_stream(
-                **data.model_dump(), resolution=level.resolution, shrunk_from=model.resolution, num_channels=model.num_channels,
-                batch_size=level.batch_size,
-            )  # fmt: skip
+        found = checkpoint.read_newest(folder, report=lambda text: line(None, text), files=())
+        if found is None:
+            return f"run.directory {settings.run.directory}: can be written; no checkpoint yet"
+        run_directory.check_model(found.state.get("model"), settings, folder.url)
+        return f"run.directory {settings.run.directory}: can be written; resumes from checkpoint {found.name}"
+
+    def data() -> str:
+        for stream in Levels(settings, alone).streams:
             stream.sample([0, len(stream) - 1])
-        line(True, f"data.url {data.url}: {len(stream):,} images, the first and the last can be read")
-    except UserError as error:
-        line(False, f"data.url: {error}")
+        return f"data.url {shown(settings.data.url)}: {len(stream):,} images, the first and the last can be read"
+
+    def initial() -> str:
+        initial_tensors(settings)
+        return f"run.init_from {shown(settings.run.init_from)}: fits"
+
+    def judging() -> str:
+        Evaluator(settings, alone, folder, Background(alone))
+        return f"evaluate: {', '.join(settings.evaluate.metrics)} can be computed"
+
+    def fine(look: Callable[[], Any], key: str) -> bool:
+        try:
+            told = look()
+        except (UserError, config.ConfigError) as error:
+            names_a_setting = re.match(r"[a-z_]+(\.[a-z_]+)+: ", str(error))
+            line(False, str(error) if names_a_setting else f"{key}: {error}")
+            return False
+        if isinstance(told, str):
+            line(True, told)
+        return True
+
+    fine(lambda: pick_device(settings.run.device), "run.device")
+    fine(directory, "run.directory")
+    if settings.run.init_from:
+        fine(initial, "run.init_from")
+    if fine(data, "data.url") and settings.evaluate.every_images:
+        fine(judging, "evaluate")

@@ -80,23 +80,9 @@ class TrainingState:
             self.target.load_state_dict(tensors.get("target") or _part(tensors["weights"], "decoder"))
         self.gate.clear()
 
-    def start_from(self, path: str, settings: Config) -> None:
-        """Weights and averages of an exported or imported model, in place of random ones."""
-
-        def read() -> dict[str, Tensor]:
-            model = inference.load(path, storage_options=settings.run.storage_options)
-            ours = settings.model.model_dump()
-            if model.settings != ours:
-                different = [
-                    key for key in sorted({*ours, *model.settings}) if ours.get(key) != model.settings.get(key)
-                ]
-                raise UserError(f"run.init_from: {path} is another model; model.{', model.'.join(different)} differ")
-            target = inference.read_target(path, settings.run.storage_options) if self.target is not None else {}
-            return _joined(model.encoder.state_dict(), model.decoder.state_dict()) | {
-                f"target.{name}": value for name, value in target.items()
-            }
-
-        tensors = self.group.broadcast_from_main(read)
+    def start_from_model(self) -> None:
+        """From what `run.init_from` names, in place of random weights and averages."""
+        tensors = self.group.broadcast_from_main(lambda: initial_tensors(self.settings))
         for engine, prefix in ((self.encoder, "encoder"), (self.decoder, "decoder")):
             engine.load_state_dict(_part(tensors, prefix))
             engine.load_average_state_dict(_part(tensors, prefix))
@@ -107,6 +93,21 @@ class TrainingState:
         """Copy the decoder into the target decoder, where there is one."""
         if self.target is not None:
             self.target.load_state_dict(self.decoder.state_dict())
+
+
+def initial_tensors(settings: Config) -> dict[str, Tensor]:
+    """Weights of the exported or imported model that `run.init_from` names, with its target decoder where bootstrap has use for one.
+    Raises UserError where there is none, or another."""
+    path, storage_options = settings.run.init_from, settings.run.storage_options
+    model = inference.load(path, storage_options=storage_options)
+    ours = settings.model.model_dump()
+    if model.settings != ours:
+        different = [key for key in sorted({*ours, *model.settings}) if ours.get(key) != model.settings.get(key)]
+        raise UserError(f"run.init_from: {path} is another model; model.{', model.'.join(different)} differ")
+    target = inference.read_target(path, storage_options) if settings.objective.name == "bootstrap" else {}
+    return _joined(model.encoder.state_dict(), model.decoder.state_dict()) | {
+        f"target.{name}": value for name, value in target.items()
+    }
 
 
 def build_networks(settings: Config, device_type: str) -> models.Networks:

@@ -38,7 +38,9 @@ from sivae.storage import Folder
 from sivae.tracking import Tracker
 
 logger = logging.getLogger("sivae")
-ADVICE = "what usually helps: raise objective.beta_neg, lower the learning rates, or begin with objective.vae_images"
+ADVICE = {  # by the setting that an objective must have for it
+    "beta_neg": "raise objective.beta_neg", "name": "lower the learning rates", "vae_images": "begin with objective.vae_images",
+}  # fmt: skip
 
 Report = Callable[[dict[str, float], str | None], bool | None]
 
@@ -101,7 +103,7 @@ class Trainer:
         else:
             self.levels.enter(0, self.state)
             if settings.run.init_from:
-                self.state.start_from(settings.run.init_from, settings)
+                self.state.start_from_model()
         if (
             self.profile is None and self.images_seen < settings.schedule.total_images
         ):  # not of a start that fails or does nothing
@@ -308,11 +310,13 @@ class Trainer:
         run, newest = self.settings.run, self.saver.newest
         where = f"{' and '.join(bad.terms)} became non-finite at {bad.images_seen:,} images"
         kept = f"checkpoint {newest.name} is kept" if newest else "there is no checkpoint yet"
+        advice = ", or ".join(text for key, text in ADVICE.items() if hasattr(self.settings.objective, key))
         if run.on_nonfinite == "stop" or self.profile is not None:
-            raise UserError(f"{where}; stopped before the step, {kept}; {ADVICE}", shared=True)
+            raise UserError(f"{where}; stopped before the step, {kept}; what usually helps: {advice}", shared=True)
         if self.attempt >= run.max_rollbacks:
             raise UserError(
-                f"{where}; gave up after {self.attempt} rollbacks (run.max_rollbacks), {kept}; {ADVICE}", shared=True
+                f"{where}; gave up after {self.attempt} rollbacks (run.max_rollbacks), {kept}; what usually helps: {advice}",
+                shared=True,
             )
         attempt, ahead = self.attempt + 1, self.images_seen
         found = self.saver.read_newest(self._check)
@@ -463,7 +467,8 @@ class Trainer:
         if index is None:
             raise UserError(
                 f"{self.folder.url}: checkpoint {found.name} was trained at {resolution} pixels, which is none of"
-                " schedule.levels; set another run.directory, or the levels as they were"
+                " schedule.levels; set another run.directory, or the levels as they were",
+                shared=True,
             )
         self.levels.enter(index, self.state)
         self.state.restore(found.tensors)

@@ -43,16 +43,27 @@ def load(path: str, overrides: Iterable[str] = (), schema: type[Settings] = Conf
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"{override}: an override is written key.path=value, for example schedule.batch_size=64")
-        # YAML takes `digits:` for a mapping.
-        override = re.sub(r"^([\w.]+)=(\w+:)$", r"\1='\2'", override)
         try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([_as_meant(override)]))
         except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{override}: cannot be applied ({' '.join(str(error).split())})") from None
     try:
         return parse(OmegaConf.to_container(tree, resolve=True), schema)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _as_meant(override: str) -> str:
+    """What a person at a shell means where YAML reads something else. Raises ConfigError where nobody can tell."""
+    key, _, value = override.partition("=")
+    if value.strip() == "???":  # OmegaConf's sign for a value to come, which changes nothing
+        raise ConfigError(f"{override}: ??? is no value")
+    if re.fullmatch(r"[+-]?0[0-7_]+", value):
+        raise ConfigError(f"{override}: YAML reads a number that begins with 0 to the base of 8; leave the 0 out")
+    # `digits:` is no mapping, and ` #` in a path begins no comment.
+    if re.fullmatch(r"\w+:", value) or (re.search(r"\s#", value) and value[0] not in "'\"[{"):
+        return f"{key}='{value.replace(chr(39), 2 * chr(39))}'"
+    return override
 
 
 def parse(tree: dict[str, Any], schema: type[Settings] = Config) -> Settings:

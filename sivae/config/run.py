@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -67,7 +67,7 @@ class LearningRateSchedule(Section):
     """How the learning rate goes after its warm-up."""
     warmup_images: int = Field(0, ge=0)
     """Rise linearly from 0 over the first so many images."""
-    milestones_images: list[int] = []
+    milestones_images: list[Annotated[int, Field(gt=0)]] = []
     """`milestones`: multiply by `gamma` at each of these counts of images."""
     gamma: float = Field(0.1, gt=0, le=1)
     """`milestones`: the factor."""

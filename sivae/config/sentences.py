@@ -35,8 +35,8 @@ def sentence(item: dict[str, Any], schema: type[Section]) -> str:
         return f"{where}: {message}"
     hint = ""
     if kind == "string_type" and isinstance(value, (bool, int, float)):  # YAML's no is False
-        text = "..." if isinstance(value, bool) else value
-        hint = f"; to have it as text put it in quotes: '{where}=\"{text}\"'"
+        # Not the value: 12:30 has become 750.
+        hint = f"; to have it as text put it in quotes: '{where}=\"...\"'"
     return f"{where}: {message}, not {value!r}{hint}"
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sivae
-from sivae import commands, figures, inference
+from sivae import checkpoint, commands, figures, inference
 from sivae.cli import main
 from sivae.config import parse_model
 from sivae.data.pack import pack
@@ -378,6 +378,18 @@ def test_speeds_of_products_are_measured_in_short_time():
     assert speeds["bfloat16"] < 2 * 256**3 / 0.05 < speeds["float32"]
 
 
+def test_settings_may_stand_behind_options(here, capsys):
+    Path("a.yaml").write_text(CONFIG)
+    assert main(["doctor", "a.yaml", "--debug", "schedule.batch_size=7", "data.url=nowhere"]) == 1
+    assert "global batch 7" in capsys.readouterr().out
+    for wrong in ("--nothing=3", "nothing", "=3"):
+        with pytest.raises(SystemExit):
+            main(["doctor", "a.yaml", "--debug", wrong])
+        assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sample", "model", "--count", "3", "data.url=nowhere"])
+
+
 def test_doctor_with_a_config_that_works(here, capsys):
     Path("a.yaml").write_text(CONFIG)
     np.save("a.npy", np.zeros((20, 16, 16), np.uint8))
@@ -396,12 +408,28 @@ def test_doctor_with_a_config_that_works(here, capsys):
         (["a.yaml", "data.url=nowhere"], "data.url: "),
         (["a.yaml", "data.url=packed", "run.directory=a.yaml"], "run.directory: "),
         (["a.yaml", "data.url=packed", "model.resolution=8"], "data.url: "),
+        (["a.yaml", "data.url=packed", "model.num_classes=9"], "model.num_classes: is 9, but packed has no classes"),
+        (["a.yaml", "data.url=packed", "run.init_from=nowhere"], "run.init_from: nowhere: holds no model"),
+        (
+            ["a.yaml", "data.url=packed", "run.directory=other"],
+            "run.directory: other: holds checkpoints of another model",
+        ),
+        (["a.yaml", "data.url=packed", "evaluate.every_images=9", "evaluate.metrics=[fidd]"], "fidd"),
+        (
+            ["a.yaml", "data.url=packed", "evaluate.every_images=9", "evaluate.data=/no/where"],
+            "evaluate: there is no packed image set",
+        ),
+        (["a.yaml", "data.url=packed", "evaluate.every_images=9", "evaluate.split=validation"], "there is no split"),
+        (["a.yaml", "data.url=packed", "run.device=cuda"], "run.device: cuda is asked for"),
     ],
 )
 def test_doctor_says_what_is_wrong_and_exits_with_1(here, capsys, arguments, part):
     Path("a.yaml").write_text(CONFIG)
     np.save("a.npy", np.zeros((20, 16, 16), np.uint8))
     pack("a.npy", "packed", resolution=16, progress=False)
+    checkpoint.save(Folder("other"), {"images_seen": 16, "model": {"family": "mlp"}}, {}, keep=1)
+    if "run.device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
     code = main(["doctor", *arguments])
     out = capsys.readouterr().out
     assert any(line.startswith("BAD") and part in line for line in out.splitlines()), out

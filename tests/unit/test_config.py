@@ -146,7 +146,7 @@ WRONG = [
     (["model.channels=[8, wide]"], "model.channels.1: ", "valid integer, not 'wide'"),
     (["run=3"], "run: ", "dictionary"),
     (["data.url=null"], "data.url: ", "valid string, not None"),
-    (["data.split=2024"], "data.split: ", "valid string, not 2024; to have it as text put it in quotes: 'data.split=\"2024\"'"),
+    (["data.split=2024"], "data.split: ", "valid string, not 2024; to have it as text put it in quotes: 'data.split=\"...\"'"),
     # combinations
     (["model.channels=[8,8,8,8]"], "model.channels: ", "4 levels divide the resolution by 16", "2 or fewer levels"),
     (["model.channels=[8,12]"], "model.group_size: ", "8 does not divide every width of channels [8, 12]"),
@@ -162,6 +162,10 @@ WRONG = [
     (["engine={zero_stage: 2, overlap_reduction: true, shared_forward: true}"], "engine.shared_forward: ", "with overlap_reduction"),
     (["objective={name: bootstrap, gamma_r: 0.0}"], "objective.gamma_r: ", "greater than 0"),
     (["schedule.batch_size=2000"], "schedule.batch_size: ", "2000 is more than schedule.total_images=1000"),
+    (["encoder_optimizer.schedule={kind: milestones, milestones_images: [-5]}"], "encoder_optimizer.schedule.milestones_images.0: ", "greater than 0"),
+    (["schedule.total_images=???"], "schedule.total_images=???: ", "??? is no value"),
+    (["schedule.total_images=010"], "schedule.total_images=010: ", "to the base of 8; leave the 0 out"),
+    (["run.directory=12:30"], "run.directory: ", "'run.directory=\"...\"'"),
     (["encoder_optimizer.schedule.kind=milestones"], "encoder_optimizer.schedule.milestones_images: ", "at least one"),
     (
         ["decoder_optimizer.schedule.milestones_images=[5]"],
@@ -409,3 +413,13 @@ def test_a_schedule_of_levels_that_cannot_be_is_refused(levels, changes, message
     with pytest.raises(ConfigError) as caught:
         grown(*levels, **changes)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("value", ["runs/my #1", "digits:", "it's #2", "runs/a#b"])
+def test_an_override_is_the_text_that_was_written(value):
+    assert config.load("configs/digits.yaml", [f"run.directory={value}"]).run.directory == value
+
+
+def test_quotes_of_yaml_are_taken_off():
+    settings = config.load("configs/digits.yaml", ["run.directory='runs/my #1'", 'data.split="2024"'])
+    assert settings.run.directory == "runs/my #1" and settings.data.split == "2024"

@@ -349,6 +349,11 @@ def test_a_run_that_ends_before_it_is_grown_says_so(run, tmp_path, capfd, total,
     assert grown == (told is None) == (tmp_path / "run" / "evaluations").exists()
 
 
+def test_advice_after_a_loss_that_is_not_finite_names_what_the_objective_has(run):
+    with pytest.raises(UserError, match="non-finite.*what usually helps: lower the learning rates$"):
+        run("objective:={name: vae}", "encoder_optimizer.lr=1e20", "decoder_optimizer.lr=1e20")
+
+
 def test_the_points_of_a_life_without_a_checkpoint_are_not_shown(run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
