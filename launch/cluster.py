@@ -6,6 +6,7 @@ the process. So an address is always explicit here, and it is tried with a plain
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -27,7 +28,12 @@ CONNECT_TIMEOUT_SEC = 5.0
 
 
 def prepare_environment() -> None:
-    """What Ray reads when it is imported or started; the caller's own values stay. Nothing is sent to the makers of Ray."""
+    """What Ray reads when it is imported or started; the caller's own values stay. Nothing is sent to the makers of Ray.
+
+    Raises UserError where it is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("this needs Ray; in the checkout: pip install -e '.[cluster]'")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process; launch/run.py looks itself
@@ -76,7 +82,7 @@ def connect(
     except (AuthenticationError, ConnectionError, RaySystemError, RuntimeError, ValueError) as error:
         if _is_refused_token(error):
             raise wrong_token(address) from None
-        raise UserError(f"--address: cannot join the Ray cluster at {address} ({_first_line(error)})") from None
+        raise UserError(f"--address: cannot join the Ray cluster at {address} ({_one_line(error)})") from None
     if dashboard and not joined.dashboard_url:
         raise UserError(
             f"--address: the cluster at {address} runs without its dashboard, which frees the places of trials that end"
@@ -140,14 +146,23 @@ def _worker_environment() -> dict[str, str]:
 
 
 def _no_answer(address: str) -> str | None:
-    """Why nothing answers there; None when something does."""
+    """Why no head answers there; None when something does that may be one."""
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal():
-        raise UserError(f"--address: {address} is not host:port, for example 10.0.0.1:6379")
+    if "://" in address or not colon or not port.isdecimal():
+        raise UserError(
+            f"--address (or RAY_ADDRESS): {address} is not the host:port of a Ray head, for example 10.0.0.1:6379"
+        )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_SEC).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_SEC) as connection:
+            # To the dashboard Ray would talk for ever in a protocol that it does not know.
+            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            is_web = connection.recv(5) == b"HTTP/"
+    except TimeoutError:
+        return None
     except (OSError, OverflowError) as error:
         return getattr(error, "strerror", None) or str(error)
+    if is_web:
+        raise UserError(f"--address (or RAY_ADDRESS): {address} is a web server, such as Ray's dashboard; the head listens on another port, 6379 if not told otherwise")  # fmt: skip
     return None
 
 
@@ -179,8 +194,8 @@ def _is_refused_token(error: BaseException | None) -> bool:
     return False
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class Quiet:

@@ -20,6 +20,7 @@ from sivae.errors import UserError
 SAME_REQUEST_SEC = (
     1.0  # a launcher may signal every process of a job, and the watcher hands it on as well; see sivae/signals.py
 )
+NOTHING_TRAINED = "stopped before anything was trained; run the same command to start"
 SHOWN = {
     "loss_encoder": "enc",
     "loss_decoder": "dec",
@@ -49,6 +50,7 @@ class Teller:
 
 
 def drive(arguments: list[str]) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until there is a run to stop
     options = train.build_parser().parse_intermixed_args(arguments)
     settings = train.check(options)
     count = Path(os.environ[train.FAILURES_FILE]) if train.FAILURES_FILE in os.environ else None
@@ -73,7 +75,7 @@ def drive(arguments: list[str]) -> int:
         say(
             f"stopped, checkpoint {outcome.checkpoint} is saved; run the same command to go on"
             if outcome.checkpoint
-            else "stopped before anything was trained; run the same command to start"
+            else NOTHING_TRAINED
         )
         return train.EXIT_INTERRUPTED
     print(f"{outcome.images_seen:,} images seen; checkpoint {settings.run.directory}/checkpoints/{outcome.checkpoint}")
@@ -139,6 +141,11 @@ def _drive_or_tell(arguments: list[str]) -> int:
             raise
         print(f"launch.train: error: {error}", file=sys.stderr)
         return train.EXIT_ERROR
+    except (KeyboardInterrupt, SystemExit) as stop:  # the latter is Ray's answer to SIGTERM while it starts
+        if isinstance(stop, SystemExit) and stop.code == 2:  # argparse's
+            raise
+        say(NOTHING_TRAINED)
+        return train.EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 (a lost cluster shows in many kinds)
         if "--debug" in arguments:
             raise

@@ -34,6 +34,16 @@ class Trainer(TorchTrainer):
 
 
 class Workers(WorkerGroup):
+    def _start(self):
+        """Ray's, which keeps the places of workers that came and then could not form a group."""
+        try:
+            super()._start()
+        except Exception:
+            if self.has_started():
+                self._worker_group_state.shutdown()
+                self._clear_state()
+            raise
+
     def _init_train_context_on_workers(self, workers, sync_actor, train_context_args):
         """Ray's, without a handle of the controller's process, by which workers could ask for what they reported."""
         ray.get(

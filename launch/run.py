@@ -8,6 +8,7 @@ attempt cannot mend, and that a checkpoint is saved before the group changes its
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import threading
 import time
@@ -337,7 +338,9 @@ class Attempt:
             rank = min(said)
             return f"rank {rank} ended with {said[rank]}"
         cause = getattr(self.error, "controller_failure", None) or self.error
-        return f"the workers could not be started ({type(cause).__name__}: {' '.join(str(cause).split())[:300]})"
+        # Ray's own text of it is the traceback of another process, with colours.
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", str(cause)).strip().splitlines() or [type(cause).__name__]
+        return f"the workers could not be started ({' '.join(lines[-1].split())[:300]})"
 
 
 def work(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,9 +1,20 @@
-"""What of the checkout travels to a cluster: code and configs, no runs, data, secrets or history."""
+"""What of the checkout travels to a cluster: code and configs. Not what else lies there, such as data, runs, keys and history."""
 
-# gitignore patterns, as Ray reads them.
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# gitignore patterns, as Ray reads them; the last that fits decides. Ray asks about the checkout itself too, which is `.`.
 EXCLUDES = [
-    ".git", ".venv", "venv", "env", "__pycache__", ".pytest_cache", ".ruff_cache", "*.egg-info", "build", "dist", "tests", "docs",
-    "/runs", "/sweeps", "/data", "/benchmarks", "*.tar", "*.pth", "*.pt", "*.ckpt", "*.safetensors", "*.npz", "*.npy", "*.png",
-    ".env", ".env.*", "*.pem", "*.key", "id_rsa*", "id_ed25519*", ".aws", ".ssh", ".netrc", ".kube", "kubeconfig*", "*credentials*", "*secret*",
-    "auth_token*", "*.token",
+    "/??*", "/[!.]", "!/sivae", "!/sivae/**", "!/launch", "!/launch/**", "!/configs", "!/configs/**",
+    "__pycache__", "*.tar", "*.pth", "*.pt", "*.ckpt", "*.safetensors", "*.npz", "*.npy", "*.png",
+    ".?*", "*.pem", "*.key", "*.p12", "*credentials*", "*secret*", "*.token", "*key*.json", "*account*.json",
 ]  # fmt: skip
+
+
+def travels(path: str) -> bool:
+    """Whether a file of the checkout does, told by its path from there."""
+    from ray._private.runtime_env import packaging
+
+    ignored = [packaging._get_excludes(ROOT, EXCLUDES), packaging._get_ignore_file(ROOT, ".gitignore")]
+    places = [ROOT / path, *(parent for parent in (ROOT / path).parents if ROOT in parent.parents)]
+    return not any(pattern(place) for pattern in ignored if pattern for place in places)

@@ -9,7 +9,7 @@ following; the job goes on. The token of a cluster that wants one comes from RAY
 with RAY_AUTH_MODE=token.
 
 Exit codes: the job's own (0 done, 1 something is wrong, 75 stopped with a checkpoint saved), 1 when it cannot be submitted,
-2 wrong arguments, 130 stopped following.
+2 wrong arguments, 69 the cluster answers no more and nobody knows how the job fares, 130 stopped following.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from launch import train
 from launch.cluster import CONNECT_TIMEOUT_SEC, ROOT, prepare_environment, wrong_token
 from launch.run import parse_workers, sizes
-from launch.shipping import EXCLUDES
+from launch.shipping import EXCLUDES, travels
 from launch.train import EXIT_ERROR, EXIT_INTERRUPTED
 from sivae import config
 from sivae.config import ConfigError
@@ -38,6 +38,12 @@ from sivae.errors import UserError, shown
 COMMANDS = ("status", "logs", "stop", "list")
 STOP_WAIT_SEC = 120  # a job that is stopped saves a checkpoint first; Ray's own patience is 3 seconds
 POLL_SEC = 1.0
+PATIENCE_SEC = 300.0  # with a cluster that does not answer while its job is followed
+EXIT_UNREACHABLE = 69
+
+
+class Unreachable(UserError):
+    """Nothing answers any more, and the job may be in any state."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,10 +95,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"launch.submit: error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return EXIT_UNREACHABLE if isinstance(error, Unreachable) else EXIT_ERROR
 
 
 def submit(options: argparse.Namespace) -> int:
+    prepare_environment()
     entrypoint = command(options)
     variables = train.environment(options.env) | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SEC)}
     client = connect(options.address)
@@ -141,6 +148,11 @@ def command(options: argparse.Namespace) -> str:
                 f"{path}: lies outside of this checkout, which is what travels to the cluster; copy it into configs/"
             )
         path = str(full.relative_to(ROOT))
+        if not travels(path):
+            raise UserError(
+                f"{path}: does not travel to the cluster, where sivae/, launch/ and configs/ go without what git ignores or what"
+                " is named like a secret; copy it into configs/ under another name"
+            )
     # exec: the signal that stops a job should reach Python, not a shell around it.
     return "exec " + shlex.join([options.python, "-m", "launch.train", path, *options.overrides, *handed_on(options)])
 
@@ -193,6 +205,8 @@ def connect(address: str | None) -> Any:
             f"--address: no Ray cluster answers at {shown(address)} ({reason}); is its head running, and its dashboard reached?"
         ) from None
     prepare_environment()
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(name, None)  # Ray's client would go there in place of `address`, token and all
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -217,7 +231,7 @@ def follow(client: Any, job: str, pending_limit: float, show: bool = True) -> in
     from ray.job_submission import JobStatus
 
     start, told = time.monotonic(), None
-    while (info := details(client, job)).status == JobStatus.PENDING:
+    while (info := details(client, job, PATIENCE_SEC)).status == JobStatus.PENDING:
         waited = time.monotonic() - start
         waits_for = " ".join((info.message or "its runtime environment").split())
         if waited >= pending_limit:
@@ -234,7 +248,7 @@ def follow(client: Any, job: str, pending_limit: float, show: bool = True) -> in
     while True:
         if show:
             printed = asyncio.run(_tail(client, job, printed))
-        info = details(client, job)
+        info = details(client, job, PATIENCE_SEC)
         if info.status.is_terminal():
             break
         time.sleep(POLL_SEC)
@@ -259,13 +273,24 @@ async def _tail(client: Any, job: str, printed: int) -> int:
     return printed
 
 
-def details(client: Any, job: str) -> Any:
-    try:
-        return client.get_job_info(job)
-    except RuntimeError as error:
-        if "404" in str(error) or "does not exist" in str(error):
-            raise UserError(f"{job}: the cluster knows no such job; `list` shows them") from None
-        raise UserError(f"{job}: the cluster does not answer ({_short(error)})") from None
+def details(client: Any, job: str, patience_sec: float = 0.0) -> Any:
+    """What the cluster knows of a job. Raises UserError when there is none, and Unreachable when nothing has answered for so long."""
+    deadline = time.monotonic() + patience_sec
+    told = False
+    while True:
+        try:
+            return client.get_job_info(job)
+        except (RuntimeError, OSError) as error:  # a connection's errors are OSErrors
+            if "404" in str(error) or "does not exist" in str(error):
+                raise UserError(f"{job}: the cluster knows no such job; `list` shows them") from None
+            if time.monotonic() >= deadline:
+                raise Unreachable(
+                    f"{job}: the cluster does not answer ({_short(error)}); the job goes on without this, and `logs` follows it again"
+                ) from None
+            if not told:
+                say(f"the cluster does not answer, trying for {patience_sec:g} seconds")
+                told = True
+        time.sleep(POLL_SEC)
 
 
 def describe(job: Any) -> str:

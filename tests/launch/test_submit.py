@@ -9,6 +9,8 @@ import subprocess
 
 import pytest
 
+from launch import submit
+from sivae.errors import UserError
 from tests.launch.conftest import EVERY_IMAGES, RAY_ENVIRONMENT, newest_images, refused, tensors
 from tests.processes import ROOT
 
@@ -27,9 +29,12 @@ def job_id(text: str) -> str:
 
 def test_submit_streams_and_ends_with_the_jobs_code(start, small, dashboard, tmp_path):
     run = tmp_path / "run"
+    # Ray's client would follow these to another cluster.
+    elsewhere = {"RAY_ADDRESS": "127.0.0.1:9", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
     process = start(
-        MODULE, [*small(run, total=960), "--workers", "2", "--address", dashboard, "--env", "COLOUR=invisible-blue"]
-    )
+        MODULE, [*small(run, total=960), "--workers", "2", "--address", dashboard, "--env", "COLOUR=invisible-blue"],
+        **elsewhere,
+    )  # fmt: skip
     assert process.wait() == 0, process.text
     assert (
         "ranks 0, 1" in process.text
@@ -118,6 +123,57 @@ def test_bad_input_is_one_sentence_and_nothing_is_submitted(start, dashboard, ar
     assert "raysubmit_" not in process.text.replace("raysubmit_nothing", "")
 
 
+def test_a_cluster_that_does_not_answer_for_a_while(monkeypatch, capsys):
+    """The job goes on without who follows it: that is neither its failure nor its end."""
+    answers = [ConnectionError("refused"), RuntimeError("Request failed with status code 503"), "found"]
+
+    class Client:
+        def get_job_info(self, job):
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(submit, "POLL_SEC", 0.01)
+    assert submit.details(Client(), "job", patience_sec=60.0) == "found"
+    assert capsys.readouterr().err.count("does not answer, trying for 60 seconds") == 1
+    answers[:] = [ConnectionError("refused")] * 1000
+    with pytest.raises(submit.Unreachable, match="job: the cluster does not answer .refused.; the job goes on"):
+        submit.details(Client(), "job", patience_sec=0.1)
+    answers[:] = [RuntimeError("Request failed with status code 404: does not exist")]
+    with pytest.raises(UserError, match="knows no such job"):
+        submit.details(Client(), "job", patience_sec=60.0)
+    monkeypatch.setattr(submit, "manage", lambda options: submit.details(Client(), "job"))
+    answers[:] = [ConnectionError("refused")]
+    assert submit.main(["logs", "job", "--address", "http://127.0.0.1:9"]) == 69
+
+
+def test_a_config_that_would_not_travel_is_refused():
+    from launch.shipping import travels
+
+    for config in ("configs/digits.yaml", "configs/sweeps/betas_digits.yaml"):
+        assert travels(config)
+    for config in (
+        "mine.yaml",
+        "sweeps/mine/best.yaml",
+        "runs/a/config.yaml",
+        "configs/secret.yaml",
+        "configs/runs/a.yaml",
+    ):
+        assert not travels(config)
+    options = submit.build_parser().parse_args(["README.md", "run.directory=/shared/run", "data.url=/shared/set"])
+    options.what = "configs/digits.yaml"
+    assert "configs/digits.yaml" in submit.command(options)
+    own = ROOT / "mine.yaml"
+    own.write_text((ROOT / "configs" / "digits.yaml").read_text())
+    try:
+        options.what = str(own)
+        with pytest.raises(UserError, match="mine.yaml: does not travel to the cluster"):
+            submit.command(options)
+    finally:
+        own.unlink()
+
+
 def test_what_is_shipped(tmp_path):
     """By Ray's own packing of a copy of this checkout: code and configs, nothing that is big or secret."""
     import shutil
@@ -138,6 +194,8 @@ def test_what_is_shipped(tmp_path):
     unwanted = [
         ".git/config", ".venv/bin/python", "runs/a/checkpoints/1/weights.safetensors", "data/set/index.json", "data/set/shard-0.tar", ".env",
         "sweeps/b/table.md", "key.pem", ".aws/credentials", "configs/my_secret.yaml", "model.pth", "sivae/__pycache__/x.pyc", ".netrc",
+        "service-account.json", "configs/gcp-key.json", ".envrc", ".boto", "sa.p12", "photos/me.jpg", "mydata/set.tfrecords", "a/b.py", "notes.txt",
+        "configs/.env", "configs/my-service-account.json",
     ]  # fmt: skip
     for file in unwanted:
         (copy / file).parent.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
+import torch
 
 from tests.launch.conftest import (
     EVERY_IMAGES,
@@ -18,6 +20,7 @@ from tests.launch.conftest import (
     kill,
     logged_images,
     newest_images,
+    ray_head,
     refused,
     tensors,
     worker_pids,
@@ -174,6 +177,7 @@ def test_directory_that_is_not_shared(small, start, tmp_path, raylets):
         (["--env", "NO_SUCH_VARIABLE"], ["NO_SUCH_VARIABLE is not set here"]),
         (["--address", "127.0.0.1:9"], ["no Ray cluster answers at 127.0.0.1:9"]),
         (["--address", "somewhere"], ["host:port"]),
+        (["--address", "http://127.0.0.1:8265"], ["host:port"]),
     ],
 )
 def test_bad_input_is_one_sentence(start, small, tmp_path, nothing_left, arguments, words):
@@ -191,6 +195,32 @@ def test_bad_input_is_one_sentence(start, small, tmp_path, nothing_left, argumen
 def test_what_only_the_cluster_can_tell_is_one_sentence(start, small, head, tmp_path, nothing_left, arguments, words):
     sentence = refused(start(MODULE, [*small(tmp_path / "run"), *arguments, "--address", head.address]), MODULE)
     assert all(word in sentence for word in words), sentence
+
+
+def test_the_dashboards_port_is_told_from_the_heads(start, small, head, tmp_path, nothing_left):
+    port = head.url.removeprefix("http://")
+    sentence = refused(start(MODULE, [*small(tmp_path / "run"), "--address", port]), MODULE)
+    assert f"{port} is a web server, such as Ray's dashboard" in sentence
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose torch finds no GPU")
+def test_places_of_workers_that_could_not_start_come_free(start, small, tmp_path, tmp_path_factory, nothing_left):
+    """Ray has a GPU here and torch has none. The reason is told each time, and not that the GPU is taken."""
+    with ray_head(tmp_path_factory, "--num-cpus=1", "--num-gpus=1") as own:
+        arguments = [*small(tmp_path / "run"), "--wait", "20", "--max-failures", "1", "--address", own.address]
+        process = start(MODULE, arguments)
+        assert process.wait() == 1
+    assert process.text.count("the workers could not be started (RuntimeError: ") == 2, process.text
+    assert "in use" not in process.text and "gave up after 2 failures" in process.text
+
+
+@pytest.mark.parametrize("after_sec", [2.0, 5.0])
+def test_asked_to_stop_while_it_starts(start, small, tmp_path, nothing_left, after_sec):
+    process = start(MODULE, small(tmp_path / "run", total=64000))
+    time.sleep(after_sec)
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.wait() == 75, process.text
+    assert process.text.strip().splitlines()[-1].startswith("launch.train: stopped"), process.text
 
 
 def test_wrong_token(start, small, head, tmp_path, nothing_left):
