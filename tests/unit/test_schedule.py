@@ -5,9 +5,12 @@ exactly once.
 """
 
 import math
+import random
+from types import SimpleNamespace
 
 import pytest
 
+from sivae.levels import Levels
 from sivae.schedule import due, ema_decay, level_at, lr_factor
 
 
@@ -115,3 +118,23 @@ def test_a_level_fades_in_over_its_first_images_then_stays(images, level, blend)
 
 def test_one_level_lasts_for_ever():
     assert level_at(0, [(None, 0)]) == level_at(10**9, [(None, 0)]) == (0, 1.0)
+
+
+def test_the_last_step_of_a_growing_run_is_found_without_walking_to_it():
+    """From anywhere in the run, for batches that do not divide their levels."""
+    chance = random.Random(0)
+    for _ in range(300):
+        levels = [
+            SimpleNamespace(images=chance.randint(1, 200), fade_images=0, batch_size=chance.randint(1, 40))
+            for _ in range(chance.randint(1, 4))
+        ]
+        for level in levels[1:]:
+            level.fade_images = chance.randint(0, level.images)
+        levels[-1].images = None
+        walked = object.__new__(Levels)
+        walked.levels, total = levels, chance.randint(1, 700)
+        walked.settings = SimpleNamespace(schedule=SimpleNamespace(total_images=total))
+        steps = [0]
+        while (following := steps[-1] + levels[walked.at(steps[-1])[0]].batch_size) < total:
+            steps.append(following)
+        assert walked.at_the_end(chance.choice(steps)) == walked.at(steps[-1])
