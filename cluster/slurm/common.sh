@@ -27,11 +27,11 @@ requeue() {
     exit 75
 }
 
-# end_steps: Ray would take its time to end, and Slurm half a minute of patience (KillWait).
-end_steps() {
+# signal_steps SIGNAL: to everything that srun started, under whatever number.
+signal_steps() {
     local step
     for step in $(squeue --steps --noheader --job="$SLURM_JOB_ID" --format=%i); do
-        if [[ $step =~ \.[0-9]+$ ]]; then scancel --signal=KILL "$step"; fi
+        if [[ $step =~ \.[0-9]+$ ]]; then scancel --signal="$1" "$step"; fi
     done
 }
 
@@ -47,7 +47,8 @@ wait_and_requeue() {
         kill -0 "$pid" 2>/dev/null || break
     done
     trap '' USR1 TERM
-    end_steps || true
+    # Ray would take its time to end, and Slurm half a minute of patience (KillWait).
+    signal_steps KILL || true
     if ((code == 75)) || [[ -e $SIVAE_STOPPED ]]; then
         rm -f "$SIVAE_STOPPED"
         if ((${SLURM_RESTART_COUNT:-0} >= ${SIVAE_MAX_REQUEUES:-100})); then

@@ -45,7 +45,7 @@ def submit(slurm, tmp_path):
 
     def run(script: str, arguments: list[str]) -> tuple[str, Path]:
         log = tmp_path / "job.log"
-        variables = {"SIVAE_PYTHON": sys.executable, "SIVAE_HEAD_IP": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        variables = {"SIVAE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
         command = [
             "sbatch",
             "--parsable",

@@ -1,0 +1,131 @@
+"""What the sbatch scripts decide, where a real Slurm takes minutes to bring it about: stand-ins for its commands tell the scripts
+how the job is and write down what they are asked. tests/launch/test_slurm.py has the real Slurm.
+
+pytest tests/launch/test_slurm_scripts.py
+"""
+
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT
+
+SCRIPTS = ROOT / "cluster" / "slurm"
+LIMIT_SEC = 60
+# Every one writes its call down. `scontrol requeue` ends the job's script as Slurm does.
+PROGRAMS = {
+    "scontrol": """case $1-$2 in
+show-job) cat "$STAND_INS/job" ;;
+show-hostnames) printf 'n1\\nn2\\n' ;;
+requeue-*) [[ ! -e $STAND_INS/refuse ]] && kill -TERM "$(cat "$STAND_INS/pid")" ;;
+esac""",
+    "squeue": "printf '7.batch\\n7.extern\\n7.0\\n7.1\\n'",
+    "scancel": '[[ $1 != --signal=TERM ]] || touch "$STAND_INS/asked"',
+    "srun": 'echo "cpus ${SRUN_CPUS_PER_TASK:-}" >>"$STAND_INS/calls"; [[ $* == *hostname* ]] && echo 10.0.0.1 || eval "$SRUN"',
+    "python": 'eval "$PYTHON"',
+}
+# As `scontrol show job` of Slurm 22.05 has them, seen at the SIGTERM of each.
+STATES = {
+    "running": "JobState=RUNNING Reason=None Restarts=0 PreemptTime=None",
+    "cancelled": "JobState=COMPLETING Reason=None Restarts=0 PreemptTime=None",
+    "at the limit": "JobState=COMPLETING Reason=TimeLimit Restarts=0 PreemptTime=None",
+    "grace is over": "JobState=COMPLETING Reason=None Restarts=0 PreemptTime=2026-11-26T13:12:53",
+    "requeued by Slurm": "JobState=COMPLETING Reason=None Restarts=1",
+}
+
+
+class Job:
+    """Bash in the environment of a job, with the stand-ins first on PATH."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "stand-ins"
+        self.folder.mkdir()
+        for name, body in PROGRAMS.items():
+            program = self.folder / name
+            program.write_text(
+                f'#!/bin/bash\nprintf "%s|" {name} "$@" >>"$STAND_INS/calls"; echo >>"$STAND_INS/calls"\n{body}\n'
+            )
+            program.chmod(0o755)
+        self.describe()
+        outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SIVAE_"))}
+        self.environment = outside | {
+            "PATH": f"{self.folder}:{os.environ['PATH']}", "STAND_INS": str(self.folder), "SRUN": "", "PYTHON": "",
+            "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2",
+        }  # fmt: skip
+
+    def describe(self, state: str = "running", command: str = f"{SCRIPTS}/torchrun.sbatch configs/digits.yaml") -> None:
+        (self.folder / "job").write_text(
+            f"JobId=7 JobName=sivae\n   {STATES[state]}\n   Command={command}\n   WorkDir=/\n"
+        )
+
+    def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess:
+        """The command to its end, and an end to all that it started."""
+        start = ["bash", "-c", 'echo $$ >"$STAND_INS/pid"; exec "$@"', "-", *command]
+        output = self.folder / "output"
+        with open(output, "wb") as file:
+            process = subprocess.Popen(
+                start, env=self.environment | variables, stdout=file, stderr=file, start_new_session=True
+            )
+        try:
+            code = process.wait(LIMIT_SEC)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return subprocess.CompletedProcess(command, code, output.read_text())
+
+    def calls(self, program: str) -> list[list[str]]:
+        lines = (self.folder / "calls").read_text().splitlines()
+        return [words[1:-1] for words in (line.split("|") for line in lines) if words[0] == program]
+
+    @property
+    def was_requeued(self) -> bool:
+        return ["requeue", "7"] in self.calls("scontrol")
+
+
+@pytest.fixture
+def job(tmp_path):
+    return Job(tmp_path)
+
+
+# A run that asks for the signal itself, until it is heard, and then ends with a code.
+SIGNALLED = """
+here=$1
+source "$here/common.sh"
+trap : USR1 TERM
+bash -c 'until [[ -e $STAND_INS/asked ]]; do kill -USR1 "$PPID"; sleep 0.1; done; {then}; exit "$0"' "$2" &
+run=$!
+has_ended() {{ until [[ ! -e /proc/$run || $(</proc/$run/stat) == *") Z "* ]]; do sleep 0.05; done; }}
+wait_and_requeue "$run" "touch $STAND_INS/asked; {answer}"
+"""
+SAVED = "stopped with a checkpoint saved"
+BROKEN = "ended with code 3 before a checkpoint could be saved"
+
+
+# What `srun torchrun_node.sh` stands for. It signals the script once that has a trap for USR1 (bit 9), and saves when a step of it
+# is signalled.
+STEP = """
+caught() { awk '/^SigCgt/ { print "0x" $2 }' "/proc/$PPID/status"; }
+until (($(caught) & 0x200)); do sleep 0.05; done
+until [[ -e $STAND_INS/asked ]]; do kill -USR1 "$PPID"; sleep 0.1; done
+touch "$SIVAE_STOPPED"
+exit 1
+"""
+
+
+def test_torchrun_signals_its_step_whatever_its_number(job, tmp_path):
+    """The look-up of the first node's address is step 0."""
+    done = job.run("bash", f"{SCRIPTS}/torchrun.sbatch", "CONFIG", SRUN=STEP)
+    assert done.returncode == 75 and f"{SAVED}; back into the queue" in done.stdout, done.stdout
+    signalled = [call[1] for call in job.calls("scancel") if call[0] == "--signal=TERM"]
+    assert set(signalled) == {"7.0", "7.1"} and not list(tmp_path.glob(".sivae-stopped-*"))
+
+
+def test_torchrun_has_the_first_node_keep_the_rendezvous(job):
+    for node, is_host in (("0", "1"), ("1", "0")):
+        job.run(f"{SCRIPTS}/torchrun_node.sh", "--nnodes=2", SIVAE_PYTHON=str(job.folder / "python"), SLURM_NODEID=node)
+        assert f"--rdzv-conf=is_host={is_host}" in job.calls("python")[-1]
