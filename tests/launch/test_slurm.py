@@ -1,4 +1,5 @@
-"""The shipped sbatch scripts under a real Slurm of two nodes: pre-empted in mid-run they save, requeue, and end with the same bits.
+"""The shipped sbatch scripts under a real Slurm of two nodes: pre-empted in mid-run they save, requeue, and end with the same bits;
+cancelled they save and end.
 
 pytest tests/launch/test_slurm.py        as root, with Debian's slurm-wlm and munge; skipped without
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import slurm as local
-from tests.launch.conftest import assert_equal, newest_images, tensors
+from tests.launch.conftest import EVERY_IMAGES, TOTAL_IMAGES, assert_equal, newest_images, tensors
 from tests.processes import ROOT
 
 pytestmark = [
@@ -96,6 +97,27 @@ def test_torchrun_is_preempted_and_goes_on(slurm, submit, small, undisturbed, tm
     ), text
     assert "2 nodes x 1 processes" in text and "start 2" in text and "resuming at" in text
     assert_equal(tensors(run), undisturbed())
+    assert not list(ROOT.glob(".sivae-stopped-*"))
+
+
+@pytest.mark.parametrize(
+    "commands, ends, said",
+    [
+        (["scancel JOB"], "CANCELLED", "stopped with a checkpoint saved; the job was cancelled"),
+        (["scontrol update JobId=JOB Requeue=0", "scancel --batch --signal=USR1 JOB"], "FAILED", "Slurm refused"),
+    ],
+    ids=["scancel", "with time to save"],
+)
+def test_torchrun_saves_and_ends_for_good(slurm, submit, small, tmp_path, commands, ends, said):
+    """The two ways in the script's header."""
+    run = tmp_path / "run"
+    job, log = submit("torchrun.sbatch", small(run, total=99 * TOTAL_IMAGES))
+    wait(slurm, log, lambda: newest_images(run) >= EVERY_IMAGES, "checkpoint")
+    for command in commands:
+        slurm.run(*command.replace("JOB", job).split())
+    # (A job that was requeued is pending, for as long as its old credential lasts.)
+    wait(slurm, log, lambda: state(slurm, job) not in ("RUNNING", "COMPLETING"), "end of the job")
+    assert state(slurm, job) == ends and said in log.read_text(), log.read_text()
     assert not list(ROOT.glob(".sivae-stopped-*"))
 
 

@@ -106,6 +106,45 @@ SAVED = "stopped with a checkpoint saved"
 BROKEN = "ended with code 3 before a checkpoint could be saved"
 
 
+@pytest.mark.parametrize(
+    "code, state, variables, ends, said, requeued",
+    [
+        (75, "running", {}, 75, f"{SAVED}; back into the queue", True),
+        (75, "at the limit", {}, 75, f"{SAVED}; back into the queue", True),
+        (75, "grace is over", {}, 75, f"{SAVED}; back into the queue", True),
+        (75, "cancelled", {}, 75, f"{SAVED}; the job was cancelled", False),
+        (75, "requeued by Slurm", {}, 75, f"{SAVED}; Slurm has put the job back", False),
+        # Of the second life: that it was requeued once is no news.
+        (75, "requeued by Slurm", {"SLURM_RESTART_COUNT": "1"}, 75, f"{SAVED}; the job was cancelled", False),
+        (75, "running", {"SLURM_RESTART_COUNT": "2", "SIVAE_MAX_REQUEUES": "2"}, 75, f"{SAVED}; not requeued again", False),
+        (3, "running", {}, 75, f"{BROKEN}; back into the queue", True),
+        (3, "cancelled", {}, 3, f"{BROKEN}; the job was cancelled", False),
+        (3, "running", {"SLURM_RESTART_COUNT": "2", "SIVAE_MAX_REQUEUES": "2"}, 3, f"{BROKEN}; not requeued again", False),
+        (0, "running", {}, 0, "", False),
+    ],
+)  # fmt: skip
+def test_what_becomes_of_a_signalled_job(job, tmp_path, code, state, variables, ends, said, requeued):
+    job.describe(state)
+    done = job.run("bash", "-c", SIGNALLED.format(then="sleep 0.2", answer=":"), "-", str(SCRIPTS), str(code), **variables)  # fmt: skip
+    assert (done.returncode, job.was_requeued) == (ends, requeued), done.stdout
+    assert "signalled, saving a checkpoint" in done.stdout and said in done.stdout
+    assert not list(tmp_path.glob(".sivae-stopped-*"))
+
+
+@pytest.mark.parametrize("code, said", [(75, SAVED), (3, "code 3"), (0, "")])
+def test_the_code_of_a_run_that_ends_while_the_signal_is_answered(job, code, said):
+    done = job.run("bash", "-c", SIGNALLED.format(then=":", answer="has_ended"), "-", str(SCRIPTS), str(code))
+    assert said in done.stdout and job.was_requeued == (code != 0), done.stdout
+    assert done.returncode == (75 if code else 0)
+
+
+def test_a_job_that_slurm_does_not_requeue_ends(job):
+    """As after `scontrol update Requeue=0`, the way to save at leisure and end."""
+    (job.folder / "refuse").touch()
+    done = job.run("bash", "-c", SIGNALLED.format(then=":", answer=":"), "-", str(SCRIPTS), "75")
+    assert done.returncode == 75 and "Slurm refused" in done.stdout
+
+
 # What `srun torchrun_node.sh` stands for. It signals the script once that has a trap for USR1 (bit 9), and saves when a step of it
 # is signalled.
 STEP = """
