@@ -68,9 +68,10 @@ requeue() {
     exit 75
 }
 
-# wait_and_requeue PID COMMAND: wait for the run; on the signal let COMMAND ask it to save; then requeue, or end with its code.
+# wait_and_requeue PID COMMAND [EXPLAIN]: wait for the run; on the signal let COMMAND ask it to save; then requeue, or end with its
+# code. After an error EXPLAIN is run first.
 wait_and_requeue() {
-    local pid=$1 command=$2 code=0 asked=0
+    local pid=$1 command=$2 explain=${3:-} code=0 asked=0
     # shellcheck disable=SC2064 # the command is the one of now
     trap "asked=1; echo 'sivae: signalled, saving a checkpoint'; $command || true" USR1 TERM
     # A trapped signal ends `wait`, not the run.
@@ -78,6 +79,7 @@ wait_and_requeue() {
     trap '' USR1 TERM
     # And when the run ended meanwhile, `wait` has told of the signal: once more, for the run's own code.
     wait "$pid" || code=$?
+    if ((code != 0 && code != 75 && !asked)); then eval "$explain" || true; fi
     # Ray would take its time to end, and Slurm half a minute of patience (KillWait).
     signal_steps KILL || true
     if ((code == 75)) || [[ -e $SIVAE_STOPPED ]]; then

@@ -6,12 +6,15 @@ pytest tests/launch/test_slurm_scripts.py
 
 import os
 import signal
+import socket
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from launch import train
+from tests.launch.conftest import free_port
 from tests.processes import ROOT
 
 SCRIPTS = ROOT / "cluster" / "slurm"
@@ -168,3 +171,48 @@ def test_torchrun_has_the_first_node_keep_the_rendezvous(job):
     for node, is_host in (("0", "1"), ("1", "0")):
         job.run(f"{SCRIPTS}/torchrun_node.sh", "--nnodes=2", SIVAE_PYTHON=str(job.folder / "python"), SLURM_NODEID=node)
         assert f"--rdzv-conf=is_host={is_host}" in job.calls("python")[-1]
+
+
+def test_ray_leaves_the_last_word_to_the_user(job):
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        variables = {"SIVAE_HEAD_IP": "127.0.0.1", "SIVAE_PORT": str(head.getsockname()[1]), "SRUN": "exec sleep 100"}
+        job.describe(command=f"{SCRIPTS}/ray.sbatch")
+        script = ["bash", f"{SCRIPTS}/ray.sbatch", "configs/digits.yaml"]
+        job.run(*script, SIVAE_PROCESSES="3", **variables)
+        job.run(*script, "--workers=2:4", "--wait", "7", **variables)
+    default, own = (
+        train.build_parser().parse_intermixed_args(call[2:])
+        for call in job.calls("python")
+        if call[:2] == ["-m", "launch.train"]
+    )
+    assert (default.workers, default.wait) == ("6", 300) and default.address == own.address
+    assert (own.workers, own.wait) == ("2:4", 7)
+
+
+def test_ray_says_why_its_head_did_not_start(job):
+    job.describe(command=f"{SCRIPTS}/ray.sbatch")
+    done = job.run("bash", f"{SCRIPTS}/ray.sbatch", "CONFIG", SIVAE_HEAD_IP="127.0.0.1", SIVAE_PORT=str(free_port()), SRUN="echo it has no memory; exit 1")  # fmt: skip
+    assert done.returncode == 1 and "did not start" in done.stdout and "it has no memory" in done.stdout
+    assert not any("launch.train" in call for call in job.calls("python"))
+
+
+def test_ray_says_why_its_head_ended_when_something_else_has_the_port(job):
+    job.describe(command=f"{SCRIPTS}/ray.sbatch")
+    ends = (
+        "echo $$ >$STAND_INS/head; until [[ -e $STAND_INS/asked ]]; do sleep 0.1; done; echo the port is taken; exit 1"
+    )
+    fails = "touch $STAND_INS/asked; while kill -0 $(<$STAND_INS/head); do sleep 0.1; done; exit 1"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        done = job.run("bash", f"{SCRIPTS}/ray.sbatch", "CONFIG", SIVAE_HEAD_IP="127.0.0.1", SIVAE_PORT=port, SRUN=ends, PYTHON=fails)  # fmt: skip
+    assert done.returncode == 1 and "has ended" in done.stdout and "the port is taken" in done.stdout
+
+
+def test_ray_ends_when_its_head_does_not_answer(job):
+    # Two minutes of waiting, without the waiting.
+    (job.folder / "sleep").write_text("#!/bin/bash\n")
+    (job.folder / "sleep").chmod(0o755)
+    job.describe(command=f"{SCRIPTS}/ray.sbatch")
+    done = job.run("bash", f"{SCRIPTS}/ray.sbatch", "CONFIG", SIVAE_HEAD_IP="127.0.0.1", SIVAE_PORT=str(free_port()), SRUN="echo looking around; exec tail -f /dev/null")  # fmt: skip
+    assert done.returncode == 1 and "did not start" in done.stdout and "looking around" in done.stdout
+    assert ["--signal=KILL", "7.1"] in job.calls("scancel")
