@@ -5,6 +5,7 @@ pytest tests/launch/test_slurm_scripts.py
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -171,6 +172,20 @@ def test_torchrun_has_the_first_node_keep_the_rendezvous(job):
     for node, is_host in (("0", "1"), ("1", "0")):
         job.run(f"{SCRIPTS}/torchrun_node.sh", "--nnodes=2", SIVAE_PYTHON=str(job.folder / "python"), SLURM_NODEID=node)
         assert f"--rdzv-conf=is_host={is_host}" in job.calls("python")[-1]
+
+
+@pytest.mark.parametrize("command", ["{}/torchrun.sbatch CONFIG run.directory=/my/run", "/var/spool/slurm_script"])
+def test_scripts_are_found_in_a_checkout_whose_path_has_blanks(job, tmp_path, command):
+    """From the job's command, and where that does not lead to them, from the folder in which sbatch was called."""
+    checkout = tmp_path / "my own checkout"
+    scripts = checkout / "cluster" / "slurm"
+    shutil.copytree(SCRIPTS, scripts)
+    job.describe(command=command.format(scripts))
+    submitted = checkout if command.startswith("/var") else tmp_path
+    done = job.run("bash", f"{scripts}/torchrun.sbatch", "CONFIG", "run.name=two words", SLURM_SUBMIT_DIR=str(submitted))  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    run = job.calls("srun")[-1]
+    assert f"{scripts}/torchrun_node.sh" in run and run[-3:] == [f"{scripts}/worker.sh", "CONFIG", "run.name=two words"]
 
 
 def test_ray_leaves_the_last_word_to_the_user(job):
