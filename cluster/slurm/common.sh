@@ -7,6 +7,8 @@ python=${SIVAE_PYTHON:-python}
 SIVAE_STOPPED=$SLURM_SUBMIT_DIR/.sivae-stopped-$SLURM_JOB_ID
 export SIVAE_SLURM_DIR SIVAE_STOPPED
 export SIVAE_PYTHON=$python PYTHONPATH=$SLURM_SUBMIT_DIR${PYTHONPATH:+:$PYTHONPATH}
+# Since Slurm 22.05 srun does not take this over from sbatch: every step would have one core.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 rm -f "$SIVAE_STOPPED"
 
 # address_of NODE: its address on the cluster's network, as the node itself sees it.

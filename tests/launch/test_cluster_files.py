@@ -225,3 +225,14 @@ def test_sbatch_scripts_save_before_the_limit_and_requeue(script):
     assert "#SBATCH --requeue" in text and "#SBATCH --signal=B:USR1@" in text and "#SBATCH --open-mode=append" in text
     for command in re.findall(r"ray\.scripts\.scripts (start(?:[^\n\\]|\\\n)*)", text):
         assert_ray_start_accepts(command.replace("\\\n", " ").replace('"${slots[@]}"', ""))
+    # Every variable that it heeds stands in its header.
+    heeded = set(re.findall(r"\$\{(SIVAE_\w+):-", text + (CLUSTER / "slurm" / "common.sh").read_text()))
+    for name in heeded - {"SIVAE_SLURM_DIR"}:
+        assert re.search(rf"^# {name} +\w", text, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_slurm_jobs_ask_for_cores(path):
+    """A job that does not has one on each node."""
+    for arguments in commands(path.read_text(), "sbatch --"):
+        assert any(a.startswith(("--exclusive", "--cpus-per-task=")) for a in arguments), arguments

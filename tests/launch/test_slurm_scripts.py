@@ -182,10 +182,12 @@ def test_scripts_are_found_in_a_checkout_whose_path_has_blanks(job, tmp_path, co
     shutil.copytree(SCRIPTS, scripts)
     job.describe(command=command.format(scripts))
     submitted = checkout if command.startswith("/var") else tmp_path
-    done = job.run("bash", f"{scripts}/torchrun.sbatch", "CONFIG", "run.name=two words", SLURM_SUBMIT_DIR=str(submitted))  # fmt: skip
+    done = job.run("bash", f"{scripts}/torchrun.sbatch", "CONFIG", "run.name=two words", SLURM_SUBMIT_DIR=str(submitted), SLURM_CPUS_PER_TASK="12")  # fmt: skip
     assert done.returncode == 0, done.stdout
     run = job.calls("srun")[-1]
     assert f"{scripts}/torchrun_node.sh" in run and run[-3:] == [f"{scripts}/worker.sh", "CONFIG", "run.name=two words"]
+    # Each step has the cores that sbatch was asked for.
+    assert (job.folder / "calls").read_text().count("cpus 12\n") == 2
 
 
 def test_ray_leaves_the_last_word_to_the_user(job):
