@@ -10,7 +10,6 @@ Exit codes: 0 done, 1 something is wrong (one sentence on stderr), 2 wrong argum
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -24,7 +23,7 @@ import yaml
 
 from launch import cluster, sweep_spec
 from launch.sweep_spec import Spec
-from launch.train import EXIT_ERROR, EXIT_INTERRUPTED, absolute, environment
+from launch.train import EXIT_ERROR, EXIT_INTERRUPTED, environment
 from sivae.config import ConfigError
 from sivae.errors import UserError
 from sivae.storage import Folder
@@ -72,15 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    spec = sweep_spec.load(options.sweep, options.overrides)
+    spec = sweep_spec.in_full(sweep_spec.load(options.sweep, options.overrides))
     settings = spec.settings(spec.corners()[0])
-    # Trials run in other folders, so what is local is told in full.
-    spec = spec.model_copy(
-        update={
-            "directory": absolute(spec.directory), "config": absolute(spec.config),
-            "overrides": [*spec.overrides, f"data.url={json.dumps(absolute(settings.data.url))}"],
-        }
-    )  # fmt: skip
     variables = environment(options.env)
     folder = Folder(spec.directory)
     remember(folder, spec)

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from launch.train import absolute
 from sivae import config
 from sivae.config import Config, ConfigError
 
@@ -34,6 +35,7 @@ JUDGED = (
     "frechet_pixels",
     "reconstruction_mse",
 )  # computed from each checkpoint; all other metrics are the trainer's own
+PATHS = ("run.init_from", "data.url", "data.cache_dir", "evaluate.data", "evaluate.lpips")  # may be local
 
 
 class Section(BaseModel):
@@ -213,6 +215,31 @@ def load(path: str, overrides: list[str] = []) -> Spec:
     if settings.run.storage_options or settings.data.storage_options:
         raise ConfigError("run.storage_options: a sweep keeps what trials were told; give credentials by --env instead")
     return spec
+
+
+def in_full(spec: Spec) -> Spec:
+    """The same sweep with its local paths as seen from here: trials run in other folders."""
+
+    def full(value: Any) -> Any:
+        # `~` is of the node where it is read.
+        return absolute(value) if isinstance(value, str) and not value.startswith("~") else value
+
+    settings = spec.settings(spec.corners()[0])
+    told = {path: getattr(getattr(settings, path.split(".")[0]), path.split(".")[1]) for path in PATHS}
+    told |= {f"evaluate.detectors.{name}": file for name, file in settings.evaluate.detectors.items()}
+    # (data.url in any case: a sweep that was begun when only that was told in full must find itself again.)
+    changed = [f"{path}={json.dumps(full(value))}" for path, value in told.items() if path == "data.url" or full(value) != value]  # fmt: skip
+    space = {
+        key: {kind: [full(value) for value in values] for kind, values in how.items()}
+        if any(path.strip() in PATHS for path in key.split(","))
+        else how
+        for key, how in spec.space.items()
+    }
+    return spec.model_copy(
+        update={
+            "directory": full(spec.directory), "config": full(spec.config), "overrides": [*spec.overrides, *changed], "space": space,
+        }
+    )  # fmt: skip
 
 
 def _sentence(item: dict[str, Any]) -> str:

@@ -240,6 +240,28 @@ def test_values_stay_inside_their_space(spec_file):
     assert clipped == {"point": {"objective.beta_kl": 1.0, "model.norm": "layer"}}
 
 
+def test_local_paths_are_those_of_the_one_who_starts_the_sweep(spec_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["evaluate.data=real", "evaluate.detectors.inception=nets/i.pt#sha256=00", "data.cache_dir=~/cache"]
+    space = {
+        "run.init_from": {"choice": ["base", "s3://bucket/base", None]},
+        "data.url": {"choice": ["set", "digits:"]},
+    }
+    spec = sweep_spec.in_full(sweep_spec.load(spec_file(space, *overrides, directory="here")))
+    assert spec.directory == str(tmp_path / "here")
+    assert spec.space["run.init_from"]["choice"] == [str(tmp_path / "base"), "s3://bucket/base", None]
+    assert spec.space["data.url"]["choice"] == [str(tmp_path / "set"), "digits:"]
+    settings = spec.settings({"run.init_from": None, "data.url": "digits:"})
+    assert (settings.run.init_from, settings.data.url) == (None, "digits:"), "the space comes last"
+    assert settings.evaluate.data == str(tmp_path / "real")
+    assert settings.evaluate.detectors == {"inception": f"{tmp_path}/nets/i.pt#sha256=00"}
+    assert settings.data.cache_dir == "~/cache", "the home directory is that of the node"
+    spec = sweep_spec.in_full(
+        sweep_spec.load(spec_file({"objective.beta_kl": {"choice": [1.0]}}, "run.init_from=base"))
+    )
+    assert spec.settings({}).run.init_from == str(tmp_path / "base")
+
+
 def test_a_run_on_pieces_of_larger_images_is_judged_on_such(small, tmp_path):
     pack("digits:", str(tmp_path / "set"), resolution=20, num_workers=0, progress=False)
     arguments = [*small(tmp_path / "run", total=96), f"data.url={tmp_path / 'set'}", "data.random_crop=true"]
