@@ -71,17 +71,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
+    signals = Signals()
+    signals.listen()
     spec = sweep_spec.in_full(sweep_spec.load(options.sweep, options.overrides))
     settings = spec.settings(spec.corners()[0])
     variables = environment(options.env)
     folder = Folder(spec.directory)
     remember(folder, spec)
-    interrupted = _stop_on_signals()
-    cluster.connect(options.address, variables, dashboard=True)
+    try:
+        cluster.connect(options.address, variables, dashboard=True)
+        signals.listen()
+    except SystemExit:  # how Ray answers SIGTERM: while it starts it takes our handler's place
+        raise KeyboardInterrupt from None
+    if signals.asked.is_set():  # and nobody saw it
+        raise KeyboardInterrupt
     gpus = float(settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus()))
     together = concurrency(spec, gpus)
     tune_trials(spec, folder, gpus, together, options.cache_dir)
-    if interrupted.is_set():
+    if signals.asked.is_set():
         say("stopped; run the same command to go on")
         return EXIT_INTERRUPTED
     from launch import sweep_report
@@ -239,26 +246,31 @@ def within(spec: Spec):
     return lambda config: config | {"point": {key: one(key, value) for key, value in config["point"].items()}}
 
 
-def _stop_on_signals() -> threading.Event:
-    """Set on SIGINT and SIGTERM, of which Tune hears as SIGUSR1: then it saves its state and ends the trials. Asked again, this
-    process ends at once."""
-    asked = threading.Event()
-    first_sec: list[float] = []
+class Signals:
+    """`asked` is set on SIGINT and SIGTERM, of which Tune hears as SIGUSR1: then it saves its state and ends the trials. Asked
+    again, this process ends at once."""
 
-    def handle(number, frame) -> None:
-        if first_sec and time.monotonic() - first_sec[0] > SAME_REQUEST_SEC:
-            os._exit(128 + number)
-        first_sec.append(time.monotonic())
-        asked.set()
+    def __init__(self):
+        self.asked = threading.Event()
+        self._first_sec = 0.0
+
+    def listen(self) -> None:
+        """Also again: others put their own handlers in the place of these."""
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame) -> None:
+        if self.asked.is_set():
+            if time.monotonic() - self._first_sec > SAME_REQUEST_SEC:
+                os._exit(128 + number)
+            return
+        self._first_sec = time.monotonic()
+        self.asked.set()
         if callable(signal.getsignal(signal.SIGUSR1)):
             os.kill(os.getpid(), signal.SIGUSR1)
         else:
             raise KeyboardInterrupt  # nothing runs yet
-
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return asked
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ pytest tests/launch/test_sweep.py
 import hashlib
 import json
 import math
+import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,13 +138,13 @@ def test_pbt_goes_on_from_the_better_trials_state(start, spec_file, head, tmp_pa
 
 
 def test_interrupted_twice_it_goes_on_with_the_same_trials(start, spec_file, tmp_path, nothing_left):
-    """SIGINT in mid-trial, SIGKILL in mid-trial, then to the end: the trials are those of the spec, their weights those of runs
+    """SIGTERM in mid-trial, SIGKILL in mid-trial, then to the end: the trials are those of the spec, their weights those of runs
     that nobody disturbed."""
     path = spec_file({"objective.beta_kl": {"loguniform": [0.1, 1.0]}}, search="random", trials=2, total=960, seed=5)
     expected = [values["objective.beta_kl"] for values in sweep_spec.load(path).draw()]
     process = start(MODULE, [path])
     process.until(lambda: " at 160 images" in process.text, "a report", timeout=240)
-    process.popen.send_signal(signal.SIGINT)
+    process.popen.send_signal(signal.SIGTERM)
     assert process.wait() == 75, process.text
     assert "run the same command to go on" in process.text and "Traceback" not in process.text
     names = {trial.name for trial in trials(tmp_path)}
@@ -215,6 +217,26 @@ def test_more_workers_than_there_is_room_for(start, spec_file, head, nothing_lef
     path = spec_file({"objective.beta_kl": {"choice": [1.0]}}, workers=16)
     sentence = refused(start(MODULE, [path, "--address", head.address]), MODULE)
     assert "a trial needs 16 with 1 CPU each, but the cluster has room for 2" in sentence
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(lines["SigCgt"], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("phase", ["while the settings are read", "while Ray starts"])
+def test_sigterm_before_the_trials_is_an_interruption_too(start, spec_file, tmp_path, nothing_left, phase):
+    if phase == "while Ray starts":
+        process = start(MODULE, [spec_file({"objective.beta_kl": {"choice": [1.0]}})])
+        process.until(lambda: any("gcs_server" in member.name() for member in process.family()), "a part of Ray")
+    else:
+        os.mkfifo(tmp_path / "slow.yaml")  # which nobody writes to
+        process = start(MODULE, [str(tmp_path / "slow.yaml")])
+        process.until(lambda: catches(process.popen.pid, signal.SIGTERM), "a handler of SIGTERM", timeout=30)
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.wait() == 75, process.text
+    assert "run the same command to go on" in process.text and "Traceback" not in process.text
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
