@@ -17,6 +17,8 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -24,6 +26,7 @@ import yaml
 from launch import cluster, sweep_spec
 from launch.sweep_spec import Spec
 from launch.train import EXIT_ERROR, EXIT_INTERRUPTED, environment
+from sivae import startup
 from sivae.config import ConfigError
 from sivae.errors import UserError
 from sivae.storage import Folder
@@ -77,25 +80,44 @@ def sweep(options: argparse.Namespace) -> int:
     settings = spec.settings(spec.corners()[0])
     variables = environment(options.env)
     folder = Folder(spec.directory)
-    remember(folder, spec)
-    try:
-        cluster.connect(options.address, variables, dashboard=True)
-        signals.listen()
-    except SystemExit:  # how Ray answers SIGTERM: while it starts it takes our handler's place
-        raise KeyboardInterrupt from None
-    if signals.asked.is_set():  # and nobody saw it
-        raise KeyboardInterrupt
-    gpus = float(settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus()))
-    together = concurrency(spec, gpus)
-    tune_trials(spec, folder, gpus, together, options.cache_dir)
-    if signals.asked.is_set():
-        say("stopped; run the same command to go on")
-        return EXIT_INTERRUPTED
-    from launch import sweep_report
+    with hold(folder):
+        remember(folder, spec)
+        try:
+            cluster.connect(options.address, variables, dashboard=True)
+            signals.listen()
+        except SystemExit:  # how Ray answers SIGTERM: while it starts it takes our handler's place
+            raise KeyboardInterrupt from None
+        if signals.asked.is_set():  # and nobody saw it
+            raise KeyboardInterrupt
+        gpus = float(settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus()))
+        together = concurrency(spec, gpus)
+        tune_trials(spec, folder, gpus, together, options.cache_dir)
+        if signals.asked.is_set():
+            say("stopped; run the same command to go on")
+            return EXIT_INTERRUPTED
+        from launch import sweep_report
 
-    for line in sweep_report.write(spec, folder):
-        print(line)
+        for line in sweep_report.write(spec, folder):
+            print(line)
     return 0
+
+
+@contextmanager
+def hold(folder: Folder) -> Iterator[None]:
+    """Keep the sweep's directory to this process. Raises UserError when another sweep works there, or it cannot be written."""
+    folder.try_writing()
+    with startup.importing():
+        from sivae import run_directory  # and with it torch
+    try:
+        held = run_directory.lock(folder)
+    except UserError as error:
+        sentence = str(error).replace("another run works", "another sweep works")
+        raise UserError(sentence.replace("set another run.directory", "set another directory")) from None
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.close()
 
 
 def remember(folder: Folder, spec: Spec) -> None:

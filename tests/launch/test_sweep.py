@@ -18,7 +18,7 @@ from PIL import Image
 from launch import sweep_spec
 from launch.judge import judge
 from launch.sweep_report import read_trials
-from sivae import config
+from sivae import config, run_directory
 from sivae.config import ConfigError
 from sivae.data.pack import pack
 from sivae.storage import Folder
@@ -223,6 +223,14 @@ def catches(pid: int, number: signal.Signals) -> bool:
     """Whether a process has a handler of its own for a signal."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return bool(int(lines["SigCgt"], 16) >> (number - 1) & 1)
+
+
+def test_a_directory_holds_one_sweep_at_a_time(start, spec_file, tmp_path, nothing_left):
+    path = spec_file({"objective.beta_kl": {"choice": [1.0]}})
+    held = run_directory.lock(Folder(str(tmp_path / "sweep")))
+    sentence = refused(start(MODULE, [path]), MODULE)
+    held.close()
+    assert sentence.endswith("sweep: another sweep works in this directory; wait for it, or set another directory")
 
 
 @pytest.mark.parametrize("phase", ["while the settings are read", "while Ray starts"])
