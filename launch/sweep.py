@@ -33,6 +33,7 @@ from sivae.storage import Folder
 
 SAME_REQUEST_SEC = 1.0
 SPEC_FILE, TUNE_FOLDER = "sweep.yaml", "tune"
+FIRST_FILE = "tuner.pkl"  # of Tune's: before it is there, no trial has started
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,7 +82,7 @@ def sweep(options: argparse.Namespace) -> int:
     variables = environment(options.env)
     folder = Folder(spec.directory)
     with hold(folder):
-        remember(folder, spec)
+        refuse_another(folder, spec)
         try:
             cluster.connect(options.address, variables, dashboard=True)
             signals.listen()
@@ -91,6 +92,7 @@ def sweep(options: argparse.Namespace) -> int:
             raise KeyboardInterrupt
         gpus = float(settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus()))
         together = concurrency(spec, gpus)
+        folder.write(text_of(spec).encode(), SPEC_FILE)
         tune_trials(spec, folder, gpus, together, options.cache_dir)
         if signals.asked.is_set():
             say("stopped; run the same command to go on")
@@ -120,18 +122,22 @@ def hold(folder: Folder) -> Iterator[None]:
             held.close()
 
 
-def remember(folder: Folder, spec: Spec) -> None:
-    """Keep the spec in the sweep's directory. Raises UserError when another sweep is there, or it cannot be written."""
-    text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
-    if folder.exists(SPEC_FILE) and folder.read(SPEC_FILE).decode() != text:
-        before = yaml.safe_load(folder.read(SPEC_FILE))
-        now = spec.model_dump(mode="json")
+def text_of(spec: Spec) -> str:
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
+
+
+def refuse_another(folder: Folder, spec: Spec) -> None:
+    """Raises UserError when trials of another sweep are in the directory."""
+    if not (folder.exists(SPEC_FILE) and folder.exists(TUNE_FOLDER, FIRST_FILE)):
+        return
+    text = folder.read(SPEC_FILE).decode()
+    if text != text_of(spec):
+        before, now = yaml.safe_load(text), spec.model_dump(mode="json")
         different = [key for key in now if before.get(key) != now[key]]
         raise UserError(
             f"directory: {folder.url} holds another sweep ({', '.join(different)} {'differs' if len(different) == 1 else 'differ'}); set another directory, or"
             " undo the change to go on with that one"
         )
-    folder.write(text.encode(), SPEC_FILE)
 
 
 def concurrency(spec: Spec, gpus: float) -> int:

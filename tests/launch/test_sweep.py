@@ -15,12 +15,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from launch import sweep_spec
+from launch import sweep, sweep_spec
 from launch.judge import judge
 from launch.sweep_report import read_trials
 from sivae import config, run_directory
 from sivae.config import ConfigError
 from sivae.data.pack import pack
+from sivae.errors import UserError
 from sivae.storage import Folder
 from tests.launch.conftest import assert_equal, refused, tensors
 from tests.processes import ROOT, run_sivae
@@ -217,12 +218,25 @@ def test_more_workers_than_there_is_room_for(start, spec_file, head, nothing_lef
     path = spec_file({"objective.beta_kl": {"choice": [1.0]}}, workers=16)
     sentence = refused(start(MODULE, [path, "--address", head.address]), MODULE)
     assert "a trial needs 16 with 1 CPU each, but the cluster has room for 2" in sentence
+    sentence = refused(start(MODULE, [path, "workers=8", "--address", head.address]), MODULE)
+    assert "a trial needs 8 with 1 CPU each" in sentence, "nothing was trained: another spec may come"
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
     """Whether a process has a handler of its own for a signal."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return bool(int(lines["SigCgt"], 16) >> (number - 1) & 1)
+
+
+def test_a_spec_is_kept_from_the_first_trial_on(spec_file, tmp_path):
+    path, folder = spec_file({"objective.beta_kl": {"choice": [1.0]}}), Folder(str(tmp_path / "sweep"))
+    first, other = sweep_spec.load(path), sweep_spec.load(path, ["workers=2"])
+    folder.write(sweep.text_of(first).encode(), sweep.SPEC_FILE)
+    sweep.refuse_another(folder, other)
+    folder.write(b"", sweep.TUNE_FOLDER, sweep.FIRST_FILE)
+    sweep.refuse_another(folder, first)
+    with pytest.raises(UserError, match=r"holds another sweep \(workers differs\)"):
+        sweep.refuse_another(folder, other)
 
 
 def test_a_directory_holds_one_sweep_at_a_time(start, spec_file, tmp_path, nothing_left):
