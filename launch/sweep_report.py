@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.sweep_spec import Spec
-from launch.trial import FAILED, LINEAGE, read_history
+from launch.trial import LINEAGE, read_failure, read_history
 from sivae import config
 from sivae.errors import UserError
 from sivae.storage import Folder
@@ -20,12 +20,14 @@ from sivae.storage import Folder
 
 @dataclass(frozen=True)
 class Trial:
-    """`history`: one entry a report, with the values that held then; `failed`: why it ended, if it did."""
+    """`history`: one entry a report, with the values that held then; `failed`: why it ended, if it did, and `failed_with` the
+    values that held at that time."""
 
     name: str
     history: list[dict[str, Any]]
     lineage: list[dict[str, Any]]
     failed: str | None
+    failed_with: dict[str, Any] | None = None
 
     def last(self, metric: str) -> float:
         return self.history[-1]["metrics"][metric]
@@ -44,8 +46,8 @@ def read_trials(folder: Folder) -> list[Trial]:
     for name in folder.names("trials"):
         own = folder.folder("trials", name)
         lineage = json.loads(own.read(LINEAGE)) if own.exists(LINEAGE) else []
-        failed = json.loads(own.read(FAILED))["sentence"] if own.exists(FAILED) else None
-        found.append(Trial(name, read_history(own), lineage, failed))
+        failure = read_failure(own) or {}
+        found.append(Trial(name, read_history(own), lineage, failure.get("sentence"), failure.get("values")))
     return found
 
 
@@ -87,7 +89,7 @@ def table(spec: Spec, ranked: list[Trial], nothing: list[Trial]) -> list[str]:
     lines = [f"| trial | {spec.metric} | images | {' | '.join(spec.keys)} | |", "|" + "---|" * (len(spec.keys) + 4)]
     last = max(trial.images_seen for trial in ranked)
     for trial in ranked:
-        values = " | ".join(_shown(trial.values[key]) for key in spec.keys)
+        values = " | ".join(_shown((trial.failed_with or trial.values)[key]) for key in spec.keys)
         notes = ["stopped early"] if trial.images_seen < last and not trial.failed else []
         notes += [f"went on from {', '.join(step['trial'] for step in trial.lineage)}"] if trial.lineage else []
         notes += [f"failed: {trial.failed}"] if trial.failed else []
@@ -95,7 +97,8 @@ def table(spec: Spec, ranked: list[Trial], nothing: list[Trial]) -> list[str]:
             f"| {trial.name} | {trial.last(spec.metric):.5g} | {trial.images_seen:,} | {values} | {'; '.join(notes)} |"
         )
     for trial in nothing:
-        lines.append(f"| {trial.name} | | 0 | {' | '.join('' for _ in spec.keys)} | failed: {trial.failed} |")
+        values = " | ".join(_shown((trial.failed_with or {}).get(key, "")) for key in spec.keys)
+        lines.append(f"| {trial.name} | | 0 | {values} | failed: {trial.failed or 'it reported nothing'} |")
     return lines
 
 

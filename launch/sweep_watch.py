@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
@@ -12,7 +11,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from launch.sweep_spec import Spec
-from launch.trial import FAILED
+from launch.trial import note_failure, read_failure
 from sivae.storage import Folder
 
 fatal: list[str] = []  # why no trial of this process's sweep can succeed
@@ -44,15 +43,16 @@ class Watch(tune.Callback):
             )
 
     def on_trial_complete(self, iteration, trials, trial, **info):
-        found = self.folder.folder("trials", trial.trial_id)
-        if found.exists(FAILED):
-            failed = json.loads(found.read(FAILED))
+        failed = read_failure(self.folder.folder("trials", trial.trial_id))
+        if failed is not None:
             say(f"trial {self.number(trial)} failed: {failed['sentence']}")
             if failed["all"]:
                 fatal.append(failed["sentence"])
 
     def on_trial_error(self, iteration, trials, trial, **info):
-        say(f"trial {self.number(trial)} was lost more often than max_failures allows")
+        sentence = "was lost more often than max_failures allows"
+        say(f"trial {self.number(trial)} {sentence}")
+        note_failure(self.folder.folder("trials", trial.trial_id), f"the trial {sentence}", trial.config["point"])
 
 
 class Stop(Stopper):

@@ -37,7 +37,16 @@ def run(config: dict[str, Any], spec: Spec, gpus: float, cache_dir: str | None) 
         Trial(trial_id, values, spec, settings, folder, gpus, cache_dir).go()
     except (UserError, ConfigError) as error:
         # A trial that diverges or cannot start is a result, no fault: Tune would try it again.
-        folder.write(json.dumps({"sentence": str(error), "all": isinstance(error, NoMetric)}).encode(), FAILED)
+        note_failure(folder, str(error), values, isinstance(error, NoMetric))
+
+
+def note_failure(folder: Folder, sentence: str, values: dict[str, Any], all_fail: bool = False) -> None:
+    """Keep why a trial ended, and with which values. `all_fail`: no other trial will do better."""
+    folder.write(json.dumps({"sentence": sentence, "all": all_fail, "values": values}).encode(), FAILED)
+
+
+def read_failure(folder: Folder) -> dict[str, Any] | None:
+    return json.loads(folder.read(FAILED)) if folder.exists(FAILED) else None
 
 
 class NoMetric(UserError):

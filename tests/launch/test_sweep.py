@@ -15,9 +15,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from launch import sweep, sweep_spec
+from launch import sweep, sweep_spec, trial
 from launch.judge import judge
-from launch.sweep_report import read_trials
+from launch.sweep_report import read_trials, table
 from sivae import config, run_directory
 from sivae.config import ConfigError
 from sivae.data.pack import pack
@@ -304,6 +304,22 @@ def test_local_paths_are_those_of_the_one_who_starts_the_sweep(spec_file, tmp_pa
         sweep_spec.load(spec_file({"objective.beta_kl": {"choice": [1.0]}}, "run.init_from=base"))
     )
     assert spec.settings({}).run.init_from == str(tmp_path / "base")
+
+
+def test_the_table_has_the_values_that_a_trial_failed_with(spec_file, tmp_path):
+    """Of one whose values had changed since its last report, and of one that had not reported anything."""
+    spec = sweep_spec.load(spec_file({"objective.beta_kl": {"uniform": [0.1, 1.0]}}, search="pbt", trials=2))
+    changed, silent = (Folder(str(tmp_path / "sweep")).folder("trials", name) for name in ("changed", "silent"))
+    report = {"rounds": 1, "images_seen": 160, "values": {"objective.beta_kl": 0.5}, "metrics": {"frechet_pixels": 1.0}}
+    changed.write(json.dumps([report]).encode(), trial.HISTORY)
+    trial.note_failure(changed, "rec became non-finite", {"objective.beta_kl": 0.625})
+    trial.note_failure(silent, "no such file", {"objective.beta_kl": 0.75})
+    first, second = trials(tmp_path)
+    rows = table(spec, [first], [second])[2:]
+    assert (
+        "| changed | 1 | 160 | 0.625 | failed: rec" in rows[0] and "| silent | | 0 | 0.75 | failed: no such" in rows[1]
+    ), rows
+    assert first.values == {"objective.beta_kl": 0.5}, "those of its last report"
 
 
 def test_a_run_on_pieces_of_larger_images_is_judged_on_such(small, tmp_path):
