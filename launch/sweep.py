@@ -1,8 +1,9 @@
 """`python -m launch.sweep configs/sweeps/NAME.yaml [key=value ...]`: Ray Tune over any settings of a run, by key path.
 
 Each trial is a training group of its own with its own GPUs. Interrupted (Ctrl-C, SIGTERM, SIGKILL) the sweep goes on when the
-same command runs again. In the end the sweep's directory holds table.md, best.yaml (which `sivae train` takes as it is),
-TensorBoard logs with the settings as hparams, and pictures. launch/sweep_spec.py says what the file may hold.
+same command runs again; trials that failed, but for those that diverged, are then tried again. In the end the sweep's directory
+holds table.md, best.yaml (which `sivae train` takes as it is), TensorBoard logs with the settings as hparams, and pictures.
+launch/sweep_spec.py says what the file may hold.
 
 Exit codes: 0 done, 1 something is wrong (one sentence on stderr), 2 wrong arguments, 75 interrupted.
 """
@@ -188,16 +189,17 @@ def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_di
         where["storage_filesystem"] = PyFileSystem(FSSpecHandler(folder.fs))
     path = f"{where['storage_path']}/{TUNE_FOLDER}"
     restorable = tune.Tuner.can_restore(path, storage_filesystem=where.get("storage_filesystem"))
-    space, search, scheduler, samples = plan(spec, together)
+    space, search, scheduler, samples = plan(spec, folder, together)
     if restorable:
         say(f"going on with the sweep in {folder.url}")
         tuner = tune.Tuner.restore(
-            path, trainable=trainable, resume_unfinished=True, resume_errored=True, param_space=space,
+            path, trainable=trainable, resume_unfinished=True, param_space=space,
             storage_filesystem=where.get("storage_filesystem"),
         )  # fmt: skip
         # Ours know this process; what was saved of the other's is not asked.
         tuner._local_tuner._run_config.callbacks = [watch]
         tuner._local_tuner._run_config.stop = stop
+        tuner._local_tuner._tune_config.scheduler = scheduler
     else:
         tuner = tune.Tuner(
             trainable, param_space=space,
@@ -217,18 +219,19 @@ def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_di
         raise UserError(sweep_watch.fatal[0])
 
 
-def plan(spec: Spec, together: int) -> tuple[dict, Any, Any, int]:
+def plan(spec: Spec, folder: Folder, together: int) -> tuple[dict, Any, Any, int]:
     """Tune's parameter space, search, scheduler and number of samples."""
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
 
     from launch import sweep_watch
 
     last = spec.rounds(spec.settings(spec.corners()[0]).schedule.total_images)
     domains = {key: domain(how) for key, how in spec.space.items()}
-    scheduler = None
+    again = dict(folder=folder, together=together)
+    scheduler = sweep_watch.InOrder(**again)
     if spec.scheduler == "asha":
-        scheduler = ASHAScheduler(
+        scheduler = sweep_watch.Halving(
+            **again,
             time_attr="rounds",
             max_t=last + 1,
             grace_period=spec.asha.grace_rounds,
@@ -236,7 +239,7 @@ def plan(spec: Spec, together: int) -> tuple[dict, Any, Any, int]:
         )
     if spec.search == "pbt":
         scheduler = sweep_watch.Exchange(
-            last_round=last,
+            **again, last_round=last,
             time_attr="rounds", perturbation_interval=spec.pbt.every_rounds, quantile_fraction=spec.pbt.quantile,
             resample_probability=spec.pbt.resample, synch=True, log_config=False,
             hyperparam_mutations={"point": {key: getattr(d, "categories", d) for key, d in domains.items()}},

@@ -8,10 +8,10 @@ from typing import Any
 from ray import tune
 from ray.tune import Stopper
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
 from launch.sweep_spec import Spec
-from launch.trial import note_failure, read_failure
+from launch.trial import may_be_mended, note_failure, read_failure
 from sivae.storage import Folder
 
 fatal: list[str] = []  # why no trial of this process's sweep can succeed
@@ -65,7 +65,43 @@ class Stop(Stopper):
         return bool(fatal)
 
 
-class Exchange(PopulationBasedTraining):
+class Again:
+    """What all schedulers of a sweep do besides: when it starts again, trials that failed for a reason that somebody may have
+    mended are tried again, and those that were lost too often. Tune takes the first for ended and would start all of the second
+    at once. Here they wait, paused, until fewer than `together` trials run."""
+
+    def __init__(self, *arguments, folder: Folder, together: int, **options):
+        super().__init__(*arguments, **options)
+        self.folder, self.together = folder, together
+
+    def on_trial_add(self, controller, trial):
+        super().on_trial_add(controller, trial)
+        if not trial.is_finished():
+            return
+        # So it was read from the disk.
+        failure = read_failure(self.folder.folder("trials", trial.trial_id))
+        if trial.status == Trial.ERROR or (failure is not None and may_be_mended(failure)):
+            trial.run_metadata.num_failures = 0
+            trial.set_status(Trial.PAUSED)
+            controller.get_live_trials().add(trial)
+
+    def choose_trial_to_run(self, controller):
+        chosen = super().choose_trial_to_run(controller)
+        if chosen is not None and chosen.status == Trial.PAUSED:
+            busy = sum(trial.status in (Trial.PENDING, Trial.RUNNING) for trial in controller.get_trials())
+            return chosen if busy < self.together else None
+        return chosen
+
+
+class InOrder(Again, FIFOScheduler):
+    """Lets every trial finish."""
+
+
+class Halving(Again, ASHAScheduler):
+    """Stops bad trials early."""
+
+
+class Exchange(Again, PopulationBasedTraining):
     """Ray's, without an exchange after the last report, which nobody would train on from, and with its place in the sweep found
     again after an interruption, which Ray forgets: it would exchange at the next report, whenever that comes."""
 

@@ -21,6 +21,7 @@ from sivae.config import Config, ConfigError
 from sivae.errors import UserError
 from sivae.storage import Folder
 
+DIVERGED = ("became non-finite at", "are not finite")  # how sentences of training say it
 POINTER, LINEAGE, FAILED, HISTORY = "pointer.json", "lineage.json", "failed.json", "history.json"
 
 
@@ -33,10 +34,11 @@ def run(config: dict[str, Any], spec: Spec, gpus: float, cache_dir: str | None) 
     trial_id = tune.get_context().get_trial_id()
     folder = Folder(spec.directory).folder("trials", trial_id)
     try:
+        folder.remove(FAILED)  # of an earlier try
         settings = spec.settings(values, folder.url)
         Trial(trial_id, values, spec, settings, folder, gpus, cache_dir).go()
     except (UserError, ConfigError) as error:
-        # A trial that diverges or cannot start is a result, no fault: Tune would try it again.
+        # Not raised: Tune would try it again at once. Where that may help, it is tried when the sweep starts again.
         note_failure(folder, str(error), values, isinstance(error, NoMetric))
 
 
@@ -47,6 +49,11 @@ def note_failure(folder: Folder, sentence: str, values: dict[str, Any], all_fail
 
 def read_failure(folder: Folder) -> dict[str, Any] | None:
     return json.loads(folder.read(FAILED)) if folder.exists(FAILED) else None
+
+
+def may_be_mended(failure: dict[str, Any]) -> bool:
+    """Whether a failure may have a cause outside the trial, so that another try is worth it: a divergence is a result."""
+    return not failure["all"] and not any(words in failure["sentence"] for words in DIVERGED)
 
 
 class NoMetric(UserError):

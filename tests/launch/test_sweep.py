@@ -187,6 +187,26 @@ def test_optuna_on_a_metric_of_the_trainer(start, spec_file, head, tmp_path, not
     assert config.load(str(tmp_path / "sweep" / "best.yaml")).model.norm in ("group", "layer")
 
 
+def test_failed_trials_are_tried_again_when_the_same_command_runs_again(start, spec_file, head, tmp_path, nothing_left):
+    """Both trials fail for want of the data set. With the data set there the same command trains the one, and the other diverges:
+    a result, which is not tried again."""
+    space = {"objective.beta_rec": {"grid": [1.0e38, 0.5]}, "objective.beta_kl": {"grid": [0.25]}}
+    path = spec_file(space, f"data.url={tmp_path / 'set'}", search="grid", metric="terms/rec", total=160)
+    arguments = [path, "--address", head.address]
+    sentence = refused(start(MODULE, arguments), MODULE)
+    assert "all 2 trials failed" in sentence and str(tmp_path / "set") in sentence, sentence
+    pack("digits:", str(tmp_path / "set"), resolution=16, num_workers=0, progress=False)
+    process = start(MODULE, arguments)
+    assert process.wait(240) == 0, process.text
+    good, bad = sorted(trials(tmp_path), key=lambda one: one.failed is not None)
+    assert good.failed is None and good.values["objective.beta_rec"] == 0.5 and good.images_seen == 160
+    assert "non-finite" in bad.failed and not bad.history
+    rows = (tmp_path / "sweep" / "table.md").read_text().splitlines()[-2:]
+    assert "failed: " not in rows[0] and "| 0 | 0.25 | 1e+38 | failed: " in rows[1], rows
+    failure = trial.read_failure(Folder(str(tmp_path / "sweep")).folder("trials", bad.name))
+    assert not trial.may_be_mended(failure), "the next start leaves it as it is"
+
+
 def test_metric_that_never_comes(start, spec_file, head, nothing_left):
     path = spec_file({"objective.beta_kl": {"choice": [0.5, 0.6]}}, metric="terms/fid", metric_patience=2, trials=2,
                      max_concurrent=1, total=64000)  # fmt: skip
