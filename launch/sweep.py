@@ -225,7 +225,8 @@ def plan(spec: Spec, folder: Folder, together: int) -> tuple[dict, Any, Any, int
 
     from launch import sweep_watch
 
-    last = spec.rounds(spec.settings(spec.corners()[0]).schedule.total_images)
+    # The longest trial's, where they are not all as long.
+    last = max(spec.rounds(spec.settings(values).schedule.total_images) for values in spec.corners())
     domains = {key: domain(how) for key, how in spec.space.items()}
     again = dict(folder=folder, together=together)
     scheduler = sweep_watch.InOrder(**again)

@@ -87,10 +87,10 @@ def _number(value: float, sign: int) -> float:
 
 def table(spec: Spec, ranked: list[Trial], nothing: list[Trial]) -> list[str]:
     lines = [f"| trial | {spec.metric} | images | {' | '.join(spec.keys)} | |", "|" + "---|" * (len(spec.keys) + 4)]
-    last = max(trial.images_seen for trial in ranked)
     for trial in ranked:
         values = " | ".join(_shown((trial.failed_with or trial.values)[key]) for key in spec.keys)
-        notes = ["stopped early"] if trial.images_seen < last and not trial.failed else []
+        total = spec.settings(trial.values).schedule.total_images  # a setting like any other: trials may differ in it
+        notes = ["stopped early"] if trial.images_seen < total and not trial.failed else []
         notes += [f"went on from {', '.join(step['trial'] for step in trial.lineage)}"] if trial.lineage else []
         notes += [f"failed: {trial.failed}"] if trial.failed else []
         lines.append(

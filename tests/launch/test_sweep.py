@@ -17,7 +17,7 @@ from PIL import Image
 
 from launch import sweep, sweep_spec, trial
 from launch.judge import judge
-from launch.sweep_report import read_trials, table
+from launch.sweep_report import Trial, read_trials, table
 from sivae import config, run_directory
 from sivae.config import ConfigError
 from sivae.data.pack import pack
@@ -324,6 +324,22 @@ def test_local_paths_are_those_of_the_one_who_starts_the_sweep(spec_file, tmp_pa
         sweep_spec.load(spec_file({"objective.beta_kl": {"choice": [1.0]}}, "run.init_from=base"))
     )
     assert spec.settings({}).run.init_from == str(tmp_path / "base")
+
+
+def test_trials_of_different_length_all_come_to_their_end(spec_file, tmp_path):
+    space = {"schedule.total_images": {"choice": [320, 1280, 640]}}
+    folder = Folder(str(tmp_path / "sweep"))
+    spec = sweep_spec.load(spec_file(space, search="grid", scheduler="asha"))
+    assert sweep.plan(spec, folder, 1)[2]._max_t == 9, "one more than the longest has"
+    spec = sweep_spec.load(spec_file(space, search="pbt", trials=2))
+    assert sweep.plan(spec, folder, 1)[2].last_round == 8
+
+    def ended(total: int, images: int) -> Trial:
+        values, metrics = {"schedule.total_images": total}, {"frechet_pixels": 1.0}
+        return Trial(f"{total}", [{"images_seen": images, "values": values, "metrics": metrics}], [], None)
+
+    rows = table(spec, [ended(320, 320), ended(1280, 1280), ended(640, 320)], [])[2:]
+    assert ["stopped early" in row for row in rows] == [False, False, True]
 
 
 def test_the_table_has_the_values_that_a_trial_failed_with(spec_file, tmp_path):
