@@ -9,14 +9,28 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import ray
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import placement_group_callback
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+
+
+class Janitor(PlacementGroupCleaner):
+    """Ray's, told which cluster is its own. It would look around on the machine, and die where it finds another Ray as well."""
+
+    def __init__(self, *arguments, **options):
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        super().__init__(*arguments, **options)
+
+
+placement_group_callback.PlacementGroupCleaner = Janitor
 
 
 class Trainer(TorchTrainer):

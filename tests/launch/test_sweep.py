@@ -9,6 +9,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -364,3 +365,15 @@ def test_a_run_on_pieces_of_larger_images_is_judged_on_such(small, tmp_path):
     assert run_sivae(["train", *arguments]).returncode == 0
     measured = judge(config.load(arguments[0], arguments[1:]), f"{96:012d}", 200)
     assert all(math.isfinite(value) and value > 0 for value in measured.values()) and len(measured) == 2
+
+
+def test_the_janitor_of_places_is_told_its_cluster(monkeypatch):
+    """Where two Rays run on a machine, Ray's own does not know which is meant, dies, and keeps the places of trials that end early."""
+    from ray.train.v2._internal.callbacks import placement_group_callback
+
+    from launch import group
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(group.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:2"))
+    placement_group_callback.PlacementGroupCleaner("one", 1.0, 1.0, 1.0)
+    assert os.environ["RAY_ADDRESS"] == "127.0.0.1:2"
