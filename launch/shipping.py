@@ -1,8 +1,7 @@
 """What of the checkout travels to a cluster: code and configs. Not what else lies there, such as data, runs, keys and history."""
 
-from pathlib import Path
+from launch.cluster import ROOT
 
-ROOT = Path(__file__).parents[1]
 # gitignore patterns, as Ray reads them; the last that fits decides. Ray asks about the checkout itself too, which is `.`.
 EXCLUDES = [
     "/??*", "/[!.]", "!/sivae", "!/sivae/**", "!/launch", "!/launch/**", "!/configs", "!/configs/**",

@@ -111,11 +111,7 @@ def hold(folder: Folder) -> Iterator[None]:
     folder.try_writing()
     with startup.importing():
         from sivae import run_directory  # and with it torch
-    try:
-        held = run_directory.lock(folder)
-    except UserError as error:
-        sentence = str(error).replace("another run works", "another sweep works")
-        raise UserError(sentence.replace("set another run.directory", "set another directory")) from None
+    held = run_directory.lock(folder, "sweep", "directory")
     try:
         yield
     finally:

@@ -368,7 +368,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     doctor = add(
         "doctor",
-        "Say what is installed, which accelerator there is, and whether a config's data and run directory open.",
+        "Say what is installed, which accelerator there is, and whether a run of a config could start.",
     )
     doctor.add_argument("config", nargs="?", help="YAML file to check")
     doctor.add_argument("overrides", nargs="*", metavar="key.path=value")

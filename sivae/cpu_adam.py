@@ -10,7 +10,7 @@ import fcntl
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import glob
 from pathlib import Path
 from types import ModuleType
@@ -42,7 +42,8 @@ def load(deepspeed: ModuleType, tells: bool) -> type:
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time, and without what one that was killed left of torch's own lock."""
     with open(folder.parent / f"{folder.name}.sivae.lock", "w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        with suppress(OSError):  # some network filesystems have no locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
         left = folder / "lock"
         if left.exists() and not is_open(left):
             left.unlink(missing_ok=True)

@@ -82,8 +82,10 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def lock(folder: Folder) -> IO | None:
+def lock(folder: Folder, who: str = "run", setting: str = "run.directory") -> IO | None:
     """Hold a local run directory until the process ends, also by SIGKILL. Raises UserError when another run holds it.
+
+    `who` and `setting`: what works there and what names the place, in that sentence.
 
     Two runs in one directory would mix their checkpoints. An object store has no locks; None there.
     """
@@ -93,13 +95,13 @@ def lock(folder: Folder) -> IO | None:
         os.makedirs(folder.path, exist_ok=True)
         file = open(os.path.join(folder.path, ".lock"), "w")
     except OSError as error:
-        raise UserError(f"{folder.url}: cannot be written ({error.strerror}); set another run.directory") from None
+        raise UserError(f"{folder.url}: cannot be written ({error.strerror}); set another {setting}") from None
     try:
         # Not flock: that lock would live on in the data workers of a killed run.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise UserError(
-            f"{folder.url}: another run works in this directory; wait for it, or set another run.directory"
+            f"{folder.url}: another {who} works in this directory; wait for it, or set another {setting}"
         ) from None
     except OSError as error:  # some network filesystems have no locks
         logger.debug("%s cannot be locked: %s", folder.url, error)

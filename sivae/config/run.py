@@ -100,7 +100,7 @@ class OptimizerSettings(Section):
     """Add epsilon to the second moment's root before its bias correction (the Adam paper's epsilon hat), as the published
     optimizer of the style family does. Early in training it then counts for more: at first 10 times with betas[1] 0.99."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay (AdamW); 0 is plain Adam."""
+    """Decoupled weight decay (AdamW); 0 is plain Adam. With schedule.levels it needs engine.zero_stage 0."""
     clip_grad_norm: float | None = Field(None, gt=0)
     """Clip the global gradient norm to this; None does not clip."""
     schedule: LearningRateSchedule = LearningRateSchedule()
