@@ -122,6 +122,17 @@ class Group:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value
 
+    def send_to_main(self, rows: Tensor, rank: int, count: int) -> Tensor | None:
+        """On rank 0 the `count` rows that `rank` holds, in the host's memory; None elsewhere. Every rank calls it."""
+        if self.rank == rank == 0:
+            return rows.cpu()
+        received = rows.new_empty(count, *rows.shape[1:], device="cpu") if self.is_main else None
+        if self.is_main:
+            dist.recv(received, src=rank, group=self.control)
+        elif self.rank == rank:
+            dist.send(rows.cpu(), dst=0, group=self.control)
+        return received
+
     def broadcast_from_main(self, read: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that rank 0 reads, on every rank's CPU; an error of the reading is raised on all."""
         tensors: dict[str, Tensor] | None = None

@@ -236,10 +236,10 @@ class Evaluation:
             except UserError as error:  # a convenience: the figures do not need it
                 tqdm.write(f"sivae: features of the real images are not kept: {error}")
 
-    def _units(self, count: int) -> list[range]:
-        """Image numbers of this rank's batches."""
+    def _units(self, count: int, rank: int | None = None) -> list[range]:
+        """Image numbers of a rank's batches; None means this rank."""
         size, group = self.protocol.batch_size, self.group
-        starts = range(0, count, size)[group.rank :: group.world_size]
+        starts = range(0, count, size)[group.rank if rank is None else rank :: group.world_size]
         return [range(start, min(start + size, count)) for start in starts]
 
     def _real_batches(self) -> Iterator[Batch]:
@@ -276,27 +276,39 @@ class Evaluation:
 
     def _collect(self, names: list[str], count: int, batches: Iterator[Tensor], what: str) -> dict[str, _Features]:
         """On rank 0 the features of all ranks' images; `batches` are this rank's, in the order of `_units`. All finite, or a UserError."""
-        device, units = self.group.device, iter(self._units(count))
-        found = {}
+        device, units, found = self.group.device, self._units(count), {}
+        num_rows = sum(map(len, units))
         for name in names:
             wants_all = any(figure.needs_features for figure in self.figures if figure.detector == name)
-            found[name] = _Features(self.detectors[name].dim, device, count if wants_all else 0)
+            found[name] = _Features(self.detectors[name].dim, device, num_rows if wants_all else 0)
         failure = None
         for images in batches:  # to their end whatever happens: it is there that the ranks agree
-            images, numbers = images.to(device, non_blocking=True), next(units)
+            images = images.to(device, non_blocking=True)
             try:
                 for name in names if failure is None else ():
-                    found[name].add(self.detectors[name](images), numbers)
+                    found[name].add(self.detectors[name](images))
             except UserError as error:
                 failure = error
             self._advance(len(images))
         self.group.agree(False, failure)
         for name, collected in found.items():
-            for tensor in collected.tensors().values():
+            for tensor in collected.sums.tensors().values():
                 self.group.sum(tensor)
             if not bool(collected.sums.total.isfinite().all()):
                 raise UserError(f"detector {name}: its features of the {what} are not finite", shared=True)
+            if any(figure.needs_features for figure in self.figures if figure.detector == name):
+                collected.rows = self._gathered(collected.rows, count)
         return found if self.group.is_main else {name: _Features(0) for name in found}
+
+    def _gathered(self, rows: Tensor, count: int) -> Tensor:
+        """On rank 0 all ranks' rows in the order of the images, in the host's memory; each rank gives those of its own batches."""
+        gathered = torch.empty(count if self.group.is_main else 0, rows.shape[1])
+        for rank in range(self.group.world_size):
+            numbers = torch.tensor([number for unit in self._units(count, rank) for number in unit], dtype=torch.long)
+            sent = self.group.send_to_main(rows, rank, len(numbers))
+            if self.group.is_main:
+                gathered[numbers] = sent
+        return gathered
 
     def _judge_features(self, fake: dict[str, _Features]) -> dict[str, float]:
         """On rank 0."""
@@ -304,18 +316,18 @@ class Evaluation:
         for name in self.detectors:
             kinds = {figure.kind: figure.name for figure in self.figures if figure.detector == name}
             real, made = self.real[name], fake[name]
-            rows = real.rows.to(made.rows.device)
+            rows, made_rows = (found.rows.to(self.group.device) for found in (real, made))
             values: dict[str, float] = {}
             if "frechet" in kinds:
                 values["frechet"] = frechet_distance(made.sums.moments(), real.sums.moments())
             if "kernel" in kinds:
-                values["kernel"], deviation = kid.kernel_distance(rows, made.rows, seed=self.protocol.seed)
+                values["kernel"], deviation = kid.kernel_distance(rows, made_rows, seed=self.protocol.seed)
                 figures[f"{kinds['kernel']}_deviation"] = deviation
             if kinds.keys() & {"precision", "recall"}:
-                pair = precision_recall.precision_recall(rows, made.rows)
+                pair = precision_recall.precision_recall(rows, made_rows)
                 values |= dict(zip(("precision", "recall"), pair))
             if kinds.keys() & {"density", "coverage"}:
-                pair = precision_recall.density_coverage(rows, made.rows)
+                pair = precision_recall.density_coverage(rows, made_rows)
                 values |= dict(zip(("density", "coverage"), pair))
             figures |= {kinds[kind]: value for kind, value in values.items() if kind in kinds}
         return figures
@@ -385,11 +397,12 @@ class Evaluation:
 
 
 class _Features:
-    """Of `count` images: the sums for moments and, where `num_rows` is given, all vectors, float32 [num_rows, dim]."""
+    """The sums for moments and, where `num_rows` is given, the vectors themselves, float32 [num_rows, dim]."""
 
     def __init__(self, dim: int, device: torch.device | str = "cpu", num_rows: int = 0):
         self.sums = MomentSums(dim, device)
-        self.rows = torch.zeros(num_rows, dim, device=device)
+        self.rows = torch.empty(num_rows, dim, device=device)
+        self._filled = 0
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> _Features:
@@ -399,10 +412,11 @@ class _Features:
         made.sums, made.rows = MomentSums.of(tensors), tensors["rows"]
         return made
 
-    def add(self, features: Tensor, numbers: range) -> None:
+    def add(self, features: Tensor) -> None:
         self.sums.add(features)
         if len(self.rows):
-            self.rows[numbers.start : numbers.stop] = features
+            self.rows[self._filled : self._filled + len(features)] = features
+            self._filled += len(features)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.sums.tensors() | {"rows": self.rows}

@@ -54,23 +54,33 @@ import sys
 import sivae
 from sivae import distributed, evaluate
 from sivae.data import open_stream
+held = set()
+add = evaluate._Features.add
+def counted(self, features):
+    held.add(len(self.rows))
+    add(self, features)
+evaluate._Features.add = counted
 with distributed.join("cpu") as group:
     stream = open_stream(sys.argv[1], split="all", resolution=8, batch_size=1, progress=False)
-    judging = evaluate.Evaluation(stream, evaluate.Protocol(("precision_pixels",), num_fakes=40, num_reals=64), group)
+    judging = evaluate.Evaluation(stream, evaluate.Protocol(("precision_pixels",), num_fakes=40, num_reals=200), group)
     judging.run(sivae.load(sys.argv[2]))
     features = judging.real["pixels"]
-    print(f"rank {group.rank} keeps {len(features.rows)}, sums of {int(features.sums.count)}", flush=True)
+    print(f"rank {group.rank} held {sorted(held)}, keeps {len(features.rows)}, sums of {int(features.sums.count)}", flush=True)
     distributed.end_process(0)
 """
 
 
-def test_between_judgements_rank_0_alone_keeps_the_real_images_features(data, tmp_path):
+def test_a_rank_holds_the_features_of_its_own_images_and_rank_0_alone_keeps_the_real_ones(data, tmp_path):
     script = tmp_path / "kept.py"
     script.write_text(KEPT)
     done = run_torchrun(2, [str(script), data, export_model(tmp_path / "model")])
     assert done.returncode == 0, done.stderr
-    told = re.findall(r"rank \d keeps \d+, sums of \d+", done.stdout)  # two processes may write on one line
-    assert sorted(told) == ["rank 0 keeps 64, sums of 64", "rank 1 keeps 0, sums of 0"]
+    told = re.findall(r"rank \d held .*?, keeps \d+, sums of \d+", done.stdout)  # two processes may write on one line
+    # Batches of 64, 64, 64 and 8 real images in turn, and one of 40 samples, which is rank 0's.
+    assert sorted(told) == [
+        "rank 0 held [40, 128], keeps 200, sums of 200",
+        "rank 1 held [72], keeps 0, sums of 0",
+    ]
 
 
 PATIENT = """
