@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from launch import train
+from launch import paths, train
 from launch.cluster import CONNECT_TIMEOUT_SEC, ROOT, prepare_environment, wrong_token
 from launch.run import parse_workers, sizes
 from launch.shipping import EXCLUDES, travels
@@ -130,15 +130,11 @@ def command(options: argparse.Namespace) -> str:
             )
     settings = config.load(options.what, options.overrides)
     sizes(settings, parse_workers(options.workers))
-    for key, url in (
-        ("run.directory", settings.run.directory),
-        ("data.url", settings.data.url),
-        ("run.init_from", settings.run.init_from),
-    ):
-        if url and ":" not in url and not os.path.isabs(url):
+    for key, place in paths.of(settings).items():
+        if paths.is_relative(place):
             raise UserError(
-                f"{key}: {url} would lie in the job's temporary copy of this checkout; give the absolute path of a folder"
-                " that all nodes share, or a URL"
+                f"{key}: {place} would lie in the job's temporary copy of this checkout; give an absolute path that all"
+                " nodes share, or a URL"
             )
     path = options.what
     if "://" not in path:

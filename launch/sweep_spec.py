@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from launch.train import absolute
+from launch import paths
 from sivae import config
 from sivae.config import Config, ConfigError
 
@@ -35,7 +35,6 @@ JUDGED = (
     "frechet_pixels",
     "reconstruction_mse",
 )  # computed from each checkpoint; all other metrics are the trainer's own
-PATHS = ("run.init_from", "data.url", "data.cache_dir", "evaluate.data", "evaluate.lpips")  # may be local
 
 
 class Section(BaseModel):
@@ -221,17 +220,16 @@ def in_full(spec: Spec) -> Spec:
     """The same sweep with its local paths as seen from here: trials run in other folders."""
 
     def full(value: Any) -> Any:
-        # `~` is of the node where it is read.
-        return absolute(value) if isinstance(value, str) and not value.startswith("~") else value
+        return paths.in_full(value) if isinstance(value, str) else value
 
-    settings = spec.settings(spec.corners()[0])
-    told = {path: getattr(getattr(settings, path.split(".")[0]), path.split(".")[1]) for path in PATHS}
-    told |= {f"evaluate.detectors.{name}": file for name, file in settings.evaluate.detectors.items()}
+    told = {key: place for key, place in paths.of(spec.settings(spec.corners()[0])).items() if key != "run.directory"}
     # (data.url in any case: a sweep that was begun when only that was told in full must find itself again.)
-    changed = [f"{path}={json.dumps(full(value))}" for path, value in told.items() if path == "data.url" or full(value) != value]  # fmt: skip
+    changed = [
+        f"{key}={json.dumps(full(place))}" for key, place in told.items() if key == "data.url" or full(place) != place
+    ]
     space = {
         key: {kind: [full(value) for value in values] for kind, values in how.items()}
-        if any(path.strip() in PATHS for path in key.split(","))
+        if any(path.strip() in paths.SETTINGS for path in key.split(","))
         else how
         for key, how in spec.space.items()
     }

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from launch import paths
 from launch.supervise import supervise
 from sivae import config
 from sivae.config import Config, ConfigError
@@ -69,21 +70,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def load(options: argparse.Namespace) -> Config:
     """The settings, with local paths as seen from here: workers may have another current directory."""
-    settings = config.load(options.config, options.overrides)
-    data, run = settings.data, settings.run
-    return settings.model_copy(
-        update={
-            "run": run.model_copy(
-                update={"directory": absolute(run.directory), "init_from": run.init_from and absolute(run.init_from)}
-            ),
-            "data": data.model_copy(update={"url": absolute(data.url)}),
-        }
-    )
-
-
-def absolute(url: str) -> str:
-    """A local path made absolute; URLs and `digits:` as they are."""
-    return url if ":" in url else os.path.abspath(url)
+    return paths.settings_in_full(config.load(options.config, options.overrides))
 
 
 def environment(pairs: list[str]) -> dict[str, str]:

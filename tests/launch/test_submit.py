@@ -95,6 +95,7 @@ def test_wrong_token(start, small, dashboard, tmp_path):
     [
         (["configs/digits.yaml"], ["run.directory", "runs/digits", "absolute path"]),
         (["configs/digits.yaml", "run.directory=/tmp/x", "data.url=data/set"], ["data.url", "data/set"]),
+        (["configs/digits.yaml", "run.directory=~/x", "evaluate.lpips=nets/l.pt"], ["evaluate.lpips", "nets/l.pt"]),
         (
             ["configs/digits.yaml", "run.directory=/tmp/x", "schedule.batchsize=2"],
             ["schedule.batchsize", "unknown setting"],
