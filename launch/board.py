@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sivae.config import Config
+from sivae.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class News:
     joined: dict[int, dict[str, Any]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     reports: list[tuple[dict[str, float], str | None]] = field(default_factory=list)
-    failures: list[tuple[int, str, bool]] = field(default_factory=list)
+    failures: list[tuple[int, UserError]] = field(default_factory=list)
 
 
 class Board:
@@ -54,9 +55,9 @@ class Board:
     def report(self, metrics: dict[str, float], checkpoint: str | None) -> None:
         self._news.reports.append((metrics, checkpoint))
 
-    def fail(self, rank: int, sentence: str, lasting: bool) -> None:
-        """`lasting`: what a user has to mend, so that trying again is of no use."""
-        self._news.failures.append((rank, sentence, lasting))
+    def fail(self, rank: int, error: UserError) -> None:
+        """Another attempt may mend a RankFailed; all else a user has to mend."""
+        self._news.failures.append((rank, error))
 
     def ask_stop(self) -> None:
         self._stop = True

@@ -21,7 +21,7 @@ from launch.board import News, Orders, open_board
 from launch.cluster import Need
 from sivae import startup
 from sivae.config import Config, ConfigError
-from sivae.errors import UserError
+from sivae.errors import RankFailed, UserError
 
 WATCH_SEC = 0.3
 FREE_SEC = 5.0  # how long the places of a group that has just ended may still count as taken
@@ -211,7 +211,7 @@ class Attempt:
         self.run, self.number, self.target = run, number, number
         self.board = open_board(Orders(run.settings, run.newest, restarted, run.cache_dir, run.lockstep))
         self.joined: dict[int, dict[str, Any]] = {}
-        self.failures: list[tuple[int, str, bool]] = []
+        self.failures: list[tuple[int, UserError]] = []
         self.done = threading.Event()
         self.outcome: dict[str, Any] | None = None
         self.error: BaseException | None = None
@@ -254,9 +254,9 @@ class Attempt:
         if self.error is not None and len(self.failures) < len(self.joined) - 1:
             time.sleep(1.0)  # the last words of those who saw it
             self._read()
-        lasting = [sentence for _, sentence, is_lasting in self.failures if is_lasting]
+        lasting = [error for _, error in self.failures if not isinstance(error, RankFailed)]
         if lasting:
-            raise UserError(lasting[0])
+            raise lasting[0]
         if self.error is None and self.outcome is not None:
             result = self.outcome
             self.run.newest = result["checkpoint"] or self.run.newest
@@ -322,7 +322,7 @@ class Attempt:
         """What ended the attempt, as a clause: the ones that died without a word, not those whose connection to them broke."""
         from ray.exceptions import RayActorError
 
-        said = {rank: sentence for rank, sentence, _ in self.failures}
+        said = {rank: error for rank, error in self.failures}
         ended = getattr(self.error, "worker_failures", {})
         died = {rank for rank, error in ended.items() if isinstance(error, RayActorError)} & set(self.joined)
         lost = sorted(died or set(self.joined) - set(said))

@@ -18,10 +18,9 @@ from launch.run import Limits, Run
 from launch.sweep_spec import JUDGED, Spec
 from sivae import checkpoint
 from sivae.config import Config, ConfigError
-from sivae.errors import UserError
+from sivae.errors import Diverged, UserError
 from sivae.storage import Folder
 
-DIVERGED = ("became non-finite at", "are not finite")  # how sentences of training say it
 POINTER, LINEAGE, FAILED, HISTORY = "pointer.json", "lineage.json", "failed.json", "history.json"
 
 
@@ -39,12 +38,15 @@ def run(config: dict[str, Any], spec: Spec, gpus: float, cache_dir: str | None) 
         Trial(trial_id, values, spec, settings, folder, gpus, cache_dir).go()
     except (UserError, ConfigError) as error:
         # Not raised: Tune would try it again at once. Where that may help, it is tried when the sweep starts again.
-        note_failure(folder, str(error), values, isinstance(error, NoMetric))
+        note_failure(folder, str(error), values, isinstance(error, NoMetric), isinstance(error, Diverged))
 
 
-def note_failure(folder: Folder, sentence: str, values: dict[str, Any], all_fail: bool = False) -> None:
+def note_failure(
+    folder: Folder, sentence: str, values: dict[str, Any], all_fail: bool = False, diverged: bool = False
+) -> None:
     """Keep why a trial ended, and with which values. `all_fail`: no other trial will do better."""
-    folder.write(json.dumps({"sentence": sentence, "all": all_fail, "values": values}).encode(), FAILED)
+    failure = {"sentence": sentence, "all": all_fail, "diverged": diverged, "values": values}
+    folder.write(json.dumps(failure).encode(), FAILED)
 
 
 def read_failure(folder: Folder) -> dict[str, Any] | None:
@@ -53,7 +55,7 @@ def read_failure(folder: Folder) -> dict[str, Any] | None:
 
 def may_be_mended(failure: dict[str, Any]) -> bool:
     """Whether a failure may have a cause outside the trial, so that another try is worth it: a divergence is a result."""
-    return not failure["all"] and not any(words in failure["sentence"] for words in DIVERGED)
+    return not failure["all"] and not failure.get("diverged", False)
 
 
 class NoMetric(UserError):

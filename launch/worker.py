@@ -15,7 +15,7 @@ from typing import Any
 from launch.board import Orders
 from sivae import checkpoint, distributed, run_directory, signals, trainer
 from sivae.config import Config, ConfigError
-from sivae.errors import UserError
+from sivae.errors import RankFailed, UserError
 from sivae.storage import Folder
 
 STOP_POLL_SEC = 0.5
@@ -54,10 +54,9 @@ def run(config: dict[str, Any]) -> dict[str, Any] | None:
         check_directory(orders)
         result = trainer.train(orders.settings, report)
     except (UserError, ConfigError) as error:
-        # What rank 0 could not say in a sentence of its own is most often a lost peer.
-        lasting = not str(error).startswith("rank 0 failed:")
-        ray.get(board.fail.remote(rank, str(error), lasting))
-        if lasting and getattr(error, "shared", False):
+        told = error if isinstance(error, UserError) else UserError(str(error))
+        ray.get(board.fail.remote(rank, told))
+        if told.shared and not isinstance(told, RankFailed):
             return None
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -65,11 +64,12 @@ def run(config: dict[str, Any]) -> dict[str, Any] | None:
             f"rank {rank} ran out of memory ({str(error).split('.')[0]}); lower engine.micro_batch_size (gradients then"
             " accumulate, whatever the number of workers), or raise engine.zero_stage"
         )
-        ray.get(board.fail.remote(rank, sentence, True))
+        ray.get(board.fail.remote(rank, UserError(sentence)))
         raise
     except Exception as error:
         # Whoever leaves no word at all is the one that was lost.
-        ray.get(board.fail.remote(rank, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False))
+        told = RankFailed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        ray.get(board.fail.remote(rank, told))
         raise
     finally:
         done.set()

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sivae.errors import UserError
+from sivae.errors import RankFailed, UserError
 
 joined = False  # whether this process ever had a group, and must end by `end_process`
 
@@ -55,9 +55,9 @@ class Group:
         dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.control)
         failed, *found = map(bool, raised.tolist())
         if failed:
-            sentences: list[str | None] = [None] * self.world_size
-            dist.all_gather_object(sentences, failure and str(failure), group=self.control)
-            raise UserError(next(sentence for sentence in sentences if sentence), shared=True)
+            failures: list[UserError | None] = [None] * self.world_size
+            dist.all_gather_object(failures, failure and _shared(failure), group=self.control)
+            raise next(found for found in failures if found)
         return tuple(found)
 
     def together(self, work: Callable[[], Any]) -> Any:
@@ -96,12 +96,11 @@ class Group:
             if error is not None:
                 raise error
             return result
-        sentence = str(error) if isinstance(error, UserError) else f"rank 0 failed: {error!r}" if error else None
-        result, sentence = self.broadcast_object((result, sentence))
+        result, told = self.broadcast_object((result, error and _shared(error)))
         if error is not None:
             raise error
-        if sentence is not None:
-            raise UserError(sentence, shared=True)
+        if told is not None:
+            raise told
         return result
 
     def mean(self, value: Tensor) -> Tensor:
@@ -159,6 +158,13 @@ class Group:
             dist.broadcast(tensor, src=0)
             result[name] = tensor.cpu()
         return result
+
+
+def _shared(error: Exception) -> UserError:
+    """What other ranks raise for it: the same, or RankFailed."""
+    if not isinstance(error, UserError):
+        return RankFailed(f"rank 0 failed: {error!r}", shared=True)
+    return type(error)(str(error), shared=True)
 
 
 def pick_device(choice: str) -> torch.device:

@@ -18,6 +18,14 @@ class UserError(Exception):
         self.shared = shared
 
 
+class Diverged(UserError):
+    """A model's numbers are not finite any more, and would not be with another try."""
+
+
+class RankFailed(UserError):
+    """Another rank met what is no UserError; most often it lost a rank itself."""
+
+
 def shown(text) -> str:
     """The text of a URL or an error without passwords and signed queries, as errors and logs may show it."""
     text = re.sub(r"//[^/\s]+@", "//...@", str(text))

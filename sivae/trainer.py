@@ -24,7 +24,7 @@ from sivae.checkpoint import Checkpoint
 from sivae.config import Config
 from sivae.data import Batch, ImageStream
 from sivae.distributed import Group
-from sivae.errors import UserError, shown
+from sivae.errors import Diverged, UserError, shown
 from sivae.evaluator import Evaluator
 from sivae.inputs import Inputs, Substitutes
 from sivae.interval import GapWatch, Interval, by_section
@@ -312,9 +312,9 @@ class Trainer:
         kept = f"checkpoint {newest.name} is kept" if newest else "there is no checkpoint yet"
         advice = ", or ".join(text for key, text in ADVICE.items() if hasattr(self.settings.objective, key))
         if run.on_nonfinite == "stop" or self.profile is not None:
-            raise UserError(f"{where}; stopped before the step, {kept}; what usually helps: {advice}", shared=True)
+            raise Diverged(f"{where}; stopped before the step, {kept}; what usually helps: {advice}", shared=True)
         if self.attempt >= run.max_rollbacks:
-            raise UserError(
+            raise Diverged(
                 f"{where}; gave up after {self.attempt} rollbacks (run.max_rollbacks), {kept}; what usually helps: {advice}",
                 shared=True,
             )
