@@ -192,7 +192,7 @@ def inherit(own: Folder, donor: Folder, pointer: dict[str, str], values: dict[st
             return last["name"]
     source = checkpoint.read(donor, pointer["checkpoint"])
     before = own.names("checkpoints")
-    name = checkpoint.save(own, source.state, source.tensors, keep=1)
+    name = checkpoint.save(own, source.state, source.tensors)
     for other in before:
         if other != name:
             own.remove("checkpoints", other, "manifest.json")

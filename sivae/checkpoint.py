@@ -51,8 +51,8 @@ class Damaged(UserError):
     """A checkpoint's files are not what its manifest says."""
 
 
-def save(run: Folder, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]], keep: int) -> str:
-    """Write under a new name, publish, then prune to the newest `keep` and the best one. Returns the name. A failed save leaves nothing behind."""
+def save(run: Folder, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> str:
+    """Write under a new name and publish it. Returns the name. A failed save leaves nothing behind."""
     name = f"{state['images_seen']:012d}"
     # One more than the highest there: some of those before it may have been pruned.
     taken = [_order(other) for other in run.names("checkpoints") if _NAME.fullmatch(other)]
@@ -72,18 +72,22 @@ def save(run: Folder, state: dict[str, Any], tensors: dict[str, dict[str, Tensor
         except UserError:
             pass
         raise
+    return name
+
+
+def prune(run: Folder, keep: int) -> None:
+    """Leave the newest `keep` checkpoints and the best one. Nobody may be saving."""
     published = list_names(run)
     kept = {*published[-keep:], (best(run) or {}).get("name")}
-    # Leftovers of killed saves are older than what was just published, so nobody is writing them.
+    # What is newer than all that is published was set aside as damaged; what is older and not published, a killed save left.
     for other in run.names("checkpoints"):
-        if _NAME.fullmatch(other) and other not in kept and _order(other) < _order(name):
+        if _NAME.fullmatch(other) and other not in kept and _order(other) < _order(published[-1]):
             try:
                 # The manifest first: a checkpoint half deleted does not count.
                 run.remove("checkpoints", other, "manifest.json")
                 run.remove("checkpoints", other)
             except UserError as error:
                 logger.warning("an old checkpoint stays: %s", error)
-    return name
 
 
 def list_names(run: Folder) -> list[str]:
@@ -102,7 +106,7 @@ def best(run: Folder) -> dict[str, Any] | None:
 
 
 def set_best(run: Folder, name: str, judged: dict[str, Any]) -> None:
-    """Note that `name` is the best checkpoint so far, and what was judged of it: `save` keeps it."""
+    """Note that `name` is the best checkpoint so far, and what was judged of it: `prune` keeps it."""
     run.write(json.dumps({"name": name} | judged).encode(), "checkpoints", BEST)
 
 

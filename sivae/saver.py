@@ -88,9 +88,10 @@ class Saver:
         return Checkpoint(name, state, {file: self.group.broadcast(found and found.tensors[file]) for file in files})
 
     def _write(self, state: dict[str, Any], tensors: Tensors) -> None:
-        name = checkpoint.save(self.folder, state, tensors, self.keep)
+        name = checkpoint.save(self.folder, state, tensors)
         tensors.clear()  # the memory is free before anybody hears of it
         self.after(name, state)
+        checkpoint.prune(self.folder, self.keep)  # the best may be another now
         self._published = name
 
     def _tell(self, look: Callable[[], None]) -> Saved | None:

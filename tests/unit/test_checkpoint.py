@@ -66,7 +66,9 @@ def tensors(seed=0, size=40):
 
 def save(run, images_seen, keep=10, seed=None):
     seed = images_seen if seed is None else seed
-    return checkpoint.save(run, {"images_seen": images_seen, "seed": seed}, tensors(seed), keep)
+    name = checkpoint.save(run, {"images_seen": images_seen, "seed": seed}, tensors(seed))
+    checkpoint.prune(run, keep)
+    return name
 
 
 def newest(run):
@@ -268,7 +270,7 @@ LIMITED = """
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
     try:
-        checkpoint.save(Folder(sys.argv[1]), {"images_seen": 300}, tensors(3, size=5000), keep=1)
+        checkpoint.save(Folder(sys.argv[1]), {"images_seen": 300}, tensors(3, size=5000))
     except UserError as error:
         print(error)
 """

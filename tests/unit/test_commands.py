@@ -427,7 +427,7 @@ def test_doctor_says_what_is_wrong_and_exits_with_1(here, capsys, arguments, par
     Path("a.yaml").write_text(CONFIG)
     np.save("a.npy", np.zeros((20, 16, 16), np.uint8))
     pack("a.npy", "packed", resolution=16, progress=False)
-    checkpoint.save(Folder("other"), {"images_seen": 16, "model": {"family": "mlp"}}, {}, keep=1)
+    checkpoint.save(Folder("other"), {"images_seen": 16, "model": {"family": "mlp"}}, {})
     if "run.device=cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     code = main(["doctor", *arguments])

@@ -132,6 +132,7 @@ def test_started_again_it_remembers_its_best(train):
     assert best(train.folder)["name"] == "000000000064" and names(train.folder) == ["000000000064", "000000000160"]
     train("schedule.total_images=192", values=[1.0])
     assert best(train.folder)["name"] == "000000000192"
+    assert names(train.folder) == ["000000000192"], "one that was the best is kept no more"
     assert list(lines(train.folder)) == [32, 64, 96, 128, 160, 192]
 
 

@@ -254,7 +254,7 @@ def run(tmp_path):
     for number, images_seen in enumerate((100, 200)):
         average, plain = model_of(seed=2 * number), model_of(seed=2 * number + 1)
         state = {"images_seen": images_seen, "model": average.settings, "seed": 0}
-        checkpoint.save(folder, state, {"weights": everything(plain), "average": everything(average)}, keep=5)
+        checkpoint.save(folder, state, {"weights": everything(plain), "average": everything(average)})
         models_of[images_seen] = average, plain
     return folder, models_of
 
@@ -307,7 +307,7 @@ def test_a_run_without_an_average_has_plain_weights(tmp_path):
     model = model_of()
     state = {"images_seen": 100, "model": model.settings, "seed": 0, "averaged": False}
     tensors = everything(model)
-    checkpoint.save(Folder(str(tmp_path)), state, {"weights": tensors, "average": tensors}, keep=1)
+    checkpoint.save(Folder(str(tmp_path)), state, {"weights": tensors, "average": tensors})
     assert sivae.load(tmp_path).weights == "plain"
     with pytest.raises(UserError, match="keeps no average of its weights"):
         sivae.load(tmp_path, weights="average")
