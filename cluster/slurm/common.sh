@@ -91,3 +91,6 @@ wait_and_requeue() {
     if ((code != 0 && asked)); then requeue "ended with code $code before a checkpoint could be saved" "$code"; fi
     exit "$code"
 }
+
+# While addresses are looked up and Ray begins; wait_and_requeue has its own.
+trap 'requeue "signalled before the run had started" 75' USR1 TERM

@@ -29,7 +29,8 @@ requeue-*) [[ ! -e $STAND_INS/refuse ]] && kill -TERM "$(cat "$STAND_INS/pid")" 
 esac""",
     "squeue": "printf '7.batch\\n7.extern\\n7.0\\n7.1\\n'",
     "scancel": '[[ $1 != --signal=TERM ]] || touch "$STAND_INS/asked"',
-    "srun": 'echo "cpus ${SRUN_CPUS_PER_TASK:-}" >>"$STAND_INS/calls"; [[ $* == *hostname* ]] && echo 10.0.0.1 || eval "$SRUN"',
+    "srun": 'echo "cpus ${SRUN_CPUS_PER_TASK:-}" >>"$STAND_INS/calls"; [[ $* == *hostname* ]] && "${@: -2}" || eval "$SRUN"',
+    "hostname": "echo 10.0.0.1",
     "python": 'eval "$PYTHON"',
 }
 # As `scontrol show job` of Slurm 22.05 has them, seen at the SIGTERM of each.
@@ -142,6 +143,17 @@ def test_the_code_of_a_run_that_ends_while_the_signal_is_answered(job, code, sai
     assert done.returncode == (75 if code else 0)
 
 
+@pytest.mark.parametrize("state, said", [("running", "back into the queue"), ("cancelled", "the job was cancelled")])
+@pytest.mark.parametrize("script", ["torchrun", "ray"])
+def test_signalled_while_the_first_nodes_address_is_looked_up(job, script, state, said):
+    job.describe(state, f"{SCRIPTS}/{script}.sbatch CONFIG")
+    (job.folder / "hostname").write_text('#!/bin/bash\nkill -USR1 "$(cat "$STAND_INS/pid")"; echo 10.0.0.1\n')
+    done = job.run("bash", f"{SCRIPTS}/{script}.sbatch", "CONFIG", SRUN="sleep 30")
+    assert f"signalled before the run had started; {said}" in done.stdout, done.stdout
+    assert (done.returncode, job.was_requeued) == (75, state == "running")
+    assert len(job.calls("srun")) == 1, "nothing was started"
+
+
 def test_a_job_that_slurm_does_not_requeue_ends(job):
     """As after `scontrol update Requeue=0`, the way to save at leisure and end."""
     (job.folder / "refuse").touch()
@@ -149,11 +161,9 @@ def test_a_job_that_slurm_does_not_requeue_ends(job):
     assert done.returncode == 75 and "Slurm refused" in done.stdout
 
 
-# What `srun torchrun_node.sh` stands for. It signals the script once that has a trap for USR1 (bit 9), and saves when a step of it
-# is signalled.
+# What `srun torchrun_node.sh` stands for. It signals the script once that waits for it, and saves when a step of it is signalled.
 STEP = """
-caught() { awk '/^SigCgt/ { print "0x" $2 }' "/proc/$PPID/status"; }
-until (($(caught) & 0x200)); do sleep 0.05; done
+sleep 2
 until [[ -e $STAND_INS/asked ]]; do kill -USR1 "$PPID"; sleep 0.1; done
 touch "$SIVAE_STOPPED"
 exit 1
