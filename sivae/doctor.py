@@ -114,7 +114,7 @@ def _check_config(path: str, overrides: list[str], line) -> None:
     folder = Folder(settings.run.directory, settings.run.storage_options)
 
     def directory() -> str:
-        folder.try_writing()
+        run_directory.check_place(folder)
         found = checkpoint.read_newest(folder, report=lambda text: line(None, text), files=())
         if found is None:
             return f"run.directory {settings.run.directory}: can be written; no checkpoint yet"

@@ -358,7 +358,8 @@ def read_target(path: str, storage_options: dict[str, Any] | None = None) -> dic
 def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = None) -> None:
     """Write a model card, weights and settings into a folder (path or URL), the settings last: without them it is no model.
 
-    An earlier export there, whole or not, is replaced. Raises UserError for a folder with files of these names that are of none.
+    An earlier export there, whole or not, is replaced. Raises UserError for a folder with files of these names that are of none,
+    and for a run's, where `load` would find this model in place of its checkpoints.
     """
     from safetensors.torch import save as save_tensors
 
@@ -367,6 +368,8 @@ def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = N
     begun = CARD_FILE in present and CARD_HEAD.encode() in folder.read(CARD_FILE)
     if present and not begun and not folder.exists(SETTINGS_FILE):
         raise UserError(f"{folder.url}: holds a {present[0]} that is of no exported model; give another folder")
+    if folder.names("checkpoints"):
+        raise UserError(f"{folder.url}: holds a run, whose checkpoints this model would hide; give another folder")
     folder.write(_model_card(model).encode(), CARD_FILE)
     tensors = {name: value.cpu().contiguous() for name, value in tensors_of(model).items()}
     if target_decoder is not None:

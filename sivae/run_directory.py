@@ -18,6 +18,7 @@ import torch
 
 from sivae import __version__, config
 from sivae.errors import UserError, differences, shown
+from sivae.inference import SETTINGS_FILE
 from sivae.storage import Folder
 
 logger = logging.getLogger("sivae")
@@ -46,6 +47,16 @@ def record(folder: Folder, settings: config.Config, world_size: int) -> None:
             folder.write(before, f"config-{time.strftime('%Y%m%d-%H%M%S')}.yaml")
     folder.write(text.encode(), "config.yaml")
     folder.write(json.dumps(environment(world_size), indent=1).encode(), "environment.json")
+
+
+def check_place(folder: Folder) -> None:
+    """Raise UserError unless a run can be kept there."""
+    folder.try_writing()
+    if folder.exists(SETTINGS_FILE):
+        raise UserError(
+            f"{folder.url}: holds an exported model ({SETTINGS_FILE}), which all commands would take in place of the run's"
+            " checkpoints; set another run.directory"
+        )
 
 
 def check_model(model: dict[str, Any] | None, settings: config.Config, where: str) -> None:

@@ -412,7 +412,7 @@ class Trainer:
 
     def _prepare(self) -> None:
         self.lock = run_directory.lock(self.folder)
-        self.folder.try_writing()
+        run_directory.check_place(self.folder)
 
     @span("checkpoint")
     def _save(self, waits: bool = False) -> bool:

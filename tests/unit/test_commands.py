@@ -414,6 +414,7 @@ def test_doctor_with_a_config_that_works(here, capsys):
             ["a.yaml", "data.url=packed", "run.directory=other"],
             "run.directory: other: holds checkpoints of another model",
         ),
+        (["a.yaml", "data.url=packed", "run.directory=exported"], "run.directory: exported: holds an exported model"),
         (["a.yaml", "data.url=packed", "evaluate.every_images=9", "evaluate.metrics=[fidd]"], "fidd"),
         (
             ["a.yaml", "data.url=packed", "evaluate.every_images=9", "evaluate.data=/no/where"],
@@ -428,6 +429,7 @@ def test_doctor_says_what_is_wrong_and_exits_with_1(here, capsys, arguments, par
     np.save("a.npy", np.zeros((20, 16, 16), np.uint8))
     pack("a.npy", "packed", resolution=16, progress=False)
     checkpoint.save(Folder("other"), {"images_seen": 16, "model": {"family": "mlp"}}, {})
+    Folder("exported").write(b"{}", "sivae.json")
     if "run.device=cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     code = main(["doctor", *arguments])

@@ -433,3 +433,12 @@ def test_the_files_of_others_are_not_replaced(tmp_path, name):
     with pytest.raises(UserError, match=f"holds a {name} that is of no exported model"):
         inference.export(model_of(), str(tmp_path))
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_a_run_is_not_hidden_behind_an_export(run, tmp_path):
+    """`load` takes the exported model of a folder that holds both."""
+    folder, models_of = run
+    with pytest.raises(UserError, match="holds a run, whose checkpoints this model would hide"):
+        inference.export(model_of(), folder.url)
+    assert folder.names() == ["checkpoints"]
+    assert torch.equal(sivae.load(folder.url).sample(2), models_of[200][0].sample(2))

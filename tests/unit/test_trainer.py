@@ -226,6 +226,8 @@ def test_training_goes_on_from_imported_weights(run, tmp_path):
         "decoder_optimizer.lr=1e-30",
         name="again",
     )
+    with pytest.raises(UserError, match="exported: holds an exported model .* set another run.directory"):
+        run(f"run.init_from={tmp_path / 'exported'}", name="exported")
     started = sivae.load(again.run.directory, weights="plain")
     for ours, theirs in zip((started.encoder, started.decoder), (trained.encoder, trained.decoder)):
         assert all(torch.equal(ours.state_dict()[name], value) for name, value in theirs.state_dict().items())
