@@ -348,7 +348,7 @@ def _model_settings(tree: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def read_target(path: str, storage_options: dict[str, Any] | None = None) -> dict[str, Tensor]:
-    """The target decoder of an imported bootstrap model; empty when there is none."""
+    """The target decoder of an imported bootstrap model, or of an export of one; empty when there is none."""
     from safetensors.torch import load as load_tensors
 
     folder = Folder(path, storage_options)
@@ -372,8 +372,10 @@ def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = N
         raise UserError(f"{folder.url}: holds a run, whose checkpoints this model would hide; give another folder")
     folder.write(_model_card(model).encode(), CARD_FILE)
     tensors = {name: value.cpu().contiguous() for name, value in tensors_of(model).items()}
-    if target_decoder is not None:
+    if target_decoder:
         folder.write(save_tensors({key: value.contiguous() for key, value in target_decoder.items()}), TARGET_FILE)
+    else:
+        folder.remove(TARGET_FILE)
     weights = save_tensors(tensors)
     folder.write(weights, WEIGHTS_FILE)
     settings = {

@@ -33,7 +33,7 @@ def import_(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     model = inference.load(options.model, weights=options.weights)
-    inference.export(model, options.dest)
+    inference.export(model, options.dest, inference.read_target(options.model))
     outliers.carry_calibration(Folder(inference.run_of(options.model)[0]), Folder(options.dest), model)
     print(f"{options.dest}: {_describe(model)}; {inference.WEIGHTS_FILE}, {inference.SETTINGS_FILE} and a model card")
 

@@ -321,6 +321,16 @@ def test_import(name, kind, here, capsys):
     assert mu.shape == (2, model.latent_dim)
 
 
+def test_an_export_has_the_target_decoder_of_its_own_model_alone(models, here):
+    torch.save({"model": golden("conv_bootstrap")}, "published.pth")
+    assert main(["import", "published.pth", "ours"]) == 0
+    assert main(["export", "ours", "copy"]) == 0
+    there, here_too = inference.read_target("ours"), inference.read_target("copy")
+    assert there and all(torch.equal(here_too[name], value) for name, value in there.items())
+    assert main(["export", models["grey"], "copy"]) == 0
+    assert inference.read_target("copy") == {}
+
+
 def test_import_of_an_intro_vae(here, capsys):
     torch.save({"model": golden("conv_intro_vae")}, "published.pth")
     assert main(["import", "published.pth", "ours", "--residual", "intro_vae"]) == 0
