@@ -76,10 +76,11 @@ def levels(model: Model, images: Tensor, labels: Tensor | None = None) -> Figure
 
 
 def interpolation(
-    model: Model, first: Tensor, second: Tensor, num_steps: int, labels: Tensor | None = None
+    model: Model, first: Tensor, second: Tensor, num_steps: int, labels: Tensor | None = None,
+    second_labels: Tensor | None = None,
 ) -> Figure:  # fmt: skip
     """The straight way in latent space between two images uint8 [1, C, H, W], which stand at its ends."""
-    path = model.to_uint8(model.interpolate(first, second, num_steps, labels)[0]).cpu()
+    path = model.to_uint8(model.interpolate(first, second, num_steps, labels, second_labels)[0]).cpu()
     columns = ["real", *[""] * num_steps, "real"]
     return Figure(torch.cat([first.cpu(), path, second.cpu()]), [""], columns)
 
@@ -152,9 +153,8 @@ def of_training(model: Model, images: Tensor, labels: Tensor | None, seed: int) 
     """By name, what training shows beside its samples: always the same images and latents, in tiles of 128 pixels at most."""
     found = {"traversals": traversals(model, images, num_dims=6, num_steps=7, labels=labels)}
     if len(images) > 1:
-        found["interpolation"] = interpolation(
-            model, images[:1], images[1:2], 8, labels if labels is None else labels[:1]
-        )
+        own = (None, None) if labels is None else (labels[:1], labels[1:2])
+        found["interpolation"] = interpolation(model, images[:1], images[1:2], 8, *own)
     if model.settings["family"] == "style":
         if model.stage:  # one that did not grow knows only the highest
             found["levels"] = levels(model, images[:8], labels if labels is None else labels[:8])

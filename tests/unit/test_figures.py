@@ -213,6 +213,13 @@ def test_the_ends_of_an_interpolation_are_the_reconstructions(folder, real):
     assert strip.shape == images.grid(real[[0] * 12], 12).shape
 
 
+def test_each_end_of_trainings_interpolation_is_encoded_as_its_own_class(real):
+    model, labels = model_of("conditional"), torch.tensor([1, 2, 3, 4, 5])
+    ends = tiles_of(figures.of_training(model, real, labels, seed=0)["interpolation"])[0, [1, -2]]
+    assert close(ends, model.to_uint8(model.reconstruct(real[:2], labels[:2])))
+    assert not close(ends[1:], model.to_uint8(model.reconstruct(real[1:2], labels[:1])))
+
+
 def test_training_draws_them_of_its_average(tmp_path, cache_dir):
     settings = config.load(str(ROOT / "configs" / "digits.yaml")).model_dump()
     settings["model"] = TREES["style"]
