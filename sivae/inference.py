@@ -144,11 +144,18 @@ class Model:
 
     @torch.no_grad()
     def reconstruct_level(self, images: Tensor, level: int, labels: Tensor | None = None) -> Tensor:
-        """Reconstruct floats [B, C, 4 * 2^level, ...] at a level of detail of a style model. What did not grow knows only the highest."""
+        """Reconstruct floats [B, C, 4 * 2^level, ...] at a level of detail of a style model, the one that fades in as far as it has.
+
+        Raises UserError for a model that did not grow, which knows only the highest.
+        """
         self._require_style("levels of detail")
+        # Of an imported model it is not known; published ones grew.
+        if "stage" in self.info and not self.stage:
+            raise UserError("levels of detail: this model did not grow, and learned only the highest")
         labels = self._labels(labels, len(images))
-        mu, _ = self.encoder(images.to(self.device), labels, level=level)
-        return self.decoder(mu, labels, level=level)
+        stage = self.stage if self.stage.get("level") == level else {"level": level}
+        mu, _ = self.encoder(images.to(self.device), labels, **stage)
+        return self.decoder(mu, labels, **stage)
 
     def interpolate(
         self, first: Tensor, second: Tensor, steps: int = 8, labels: Tensor | None = None,

@@ -97,6 +97,21 @@ def test_levels_show_each_size_of_the_same_images(real):
     assert close(found[1, ..., ::4, ::4], model.to_uint8(model.reconstruct_level(small, 0)))
 
 
+def test_the_level_that_fades_in_is_shown_as_far_as_it_has(real):
+    model = model_of("style")
+    model.info["stage"] = model.stage = {"level": 1, "blend": 0.25}
+    small = real[..., :8, :8]
+    found = tiles_of(figures.levels(model, small))
+    assert len(found) == 3 and close(found[2], model.to_uint8(model.reconstruct(small)))
+
+
+def test_levels_that_were_not_trained_are_not_shown(real):
+    model = model_of("style")
+    model.info["stage"] = {}
+    with pytest.raises(UserError, match="levels of detail: this model did not grow"):
+        figures.levels(model, real)
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_traversals_move_one_dimension_of_the_first_image(name, real):
     model = model_of(name)
