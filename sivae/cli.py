@@ -154,15 +154,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="also write every image as a PNG of its own into this folder, which may hold none of another call",
     )
 
+    of_images = "class of the images, for a conditional model; the source's own when not given"
     reconstruct = add("reconstruct", "Reconstruct images: a picture with each image above its reconstruction.")
     add_model(reconstruct)
     reconstruct.add_argument(
         "source",
         help="image file, folder, packed set (or pyramid of them), .npy/.npz, digits: or shapes:; #N picks image N of all splits",
     )
-    reconstruct.add_argument(
-        "--label", type=int, help="class of the images, for a conditional model, where the source has none"
-    )
+    reconstruct.add_argument("--label", type=int, help=of_images)
     reconstruct.add_argument("--count", type=int, default=16)
     reconstruct.add_argument(
         "--levels", action="store_true", help="of a style model that grew: reconstruct at every level of detail"
@@ -174,8 +173,9 @@ def build_parser() -> argparse.ArgumentParser:
     interpolate.add_argument("first", help="image file, or a set with #N for image N, e.g. digits:#3")
     interpolate.add_argument("second")
     interpolate.add_argument(
-        "--label", type=int, help="class along the path, for a conditional model; the first image's by default"
-    )
+        "--label", type=int,
+        help="class of both images, for a conditional model; the sources' own when not given, where it changes half way",
+    )  # fmt: skip
     interpolate.add_argument("--steps", type=int, default=10)
     interpolate.add_argument(
         "--spherical", action="store_true", help="keep the distance from the origin, as draws of the prior have it"
@@ -187,7 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     traverse = add("traverse", "Move an image's latent dimensions one by one: a row for each of those that tell most.")
     add_model(traverse)
     traverse.add_argument("source", help="image file, or a set; #N picks image N, otherwise the first image moves")
-    traverse.add_argument("--label", type=int, help="class of the images, where the source has none")
+    traverse.add_argument("--label", type=int, help=of_images)
     traverse.add_argument("--count", type=int, default=64, help="images of the source that dimensions are ranked over")
     traverse.add_argument("--dims", type=int, default=8, help="latent dimensions, by their mean KL divergence")
     traverse.add_argument("--steps", type=int, default=9)
@@ -205,7 +205,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--coarse-layers", type=int, metavar="N", help="layers that follow the row; 4 of them when not given"
     )
     stylemix.add_argument("--seed", type=int, default=0)
-    stylemix.add_argument("--label", type=int, help="class of all images, for a conditional model")
+    stylemix.add_argument(
+        "--label", type=int,
+        help="class of all mixed images, for a conditional model; 0 when not given, and needed with --rows and --columns",
+    )  # fmt: skip
     stylemix.add_argument("--output", default="stylemix.png")
 
     evaluate = add("evaluate", "Judge a model by figures, beside real images; alone or under torchrun.")
@@ -284,7 +287,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(neighbours)
     neighbours.add_argument("image", help="image file, or a set with #N for image N")
     add_set(neighbours, required=True)
-    neighbours.add_argument("--label", type=int, help="class of the image, where its source has none")
+    neighbours.add_argument(
+        "--label", type=int, help="class of the image, for a conditional model; its source's own when not given"
+    )
     neighbours.add_argument("--count", type=int, default=8, metavar="K")
     neighbours.add_argument("--output", default="neighbours.png")
 
@@ -311,7 +316,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     attribute.add_argument(
         "--image-label", type=int, metavar="L",
-        help="class of --images, for a conditional model, where their source has none",
+        help="class of --images, for a conditional model; their source's own when not given",
     )  # fmt: skip
     attribute.add_argument("--count", type=int, default=6, help="images to change")
     attribute.add_argument("--steps", type=int, default=7, help="strengths")

@@ -53,10 +53,16 @@ def style_mixing(model: Model, coarse: Tensor, fine: Tensor, num_coarse: int, la
 
 
 def truncation_sweep(model: Model, count: int, seed: int, num_steps: int, label: int | None = None) -> Figure:
-    """Samples, a row each, with styles from the far side of the average (psi -1) over it (0) to as they are (1)."""
-    z = fixed_latents(seed, count, model.latent_dim)
+    """Samples, a row each, with styles from the far side of the average (psi -1) over it (0) to as they are (1).
+
+    Of a conditional model they have one label, or where it is None classes evenly.
+    """
+    labels = None if label is None else torch.full((count,), label)
     values = [2 * step / (num_steps - 1) - 1 for step in range(num_steps)]
-    columns = [_decode(model, z, label, truncation=psi) for psi in values]
+    columns = [
+        model.to_uint8(model.sample(count, seed=seed, labels=labels, batch_size=BATCH, truncation=psi)).cpu()
+        for psi in values
+    ]
     tiles = torch.stack(columns, dim=1).flatten(0, 1)
     return Figure(tiles, [""] * count, [f"psi {psi:.3g}" for psi in values])
 
@@ -180,9 +186,9 @@ def _batches(images: Tensor, labels: Tensor | None) -> Iterator[tuple[Tensor, Te
         yield images[part], None if labels is None else labels[part]
 
 
-def _decode(model: Model, z: Tensor, label: int | None, **extra) -> Tensor:
+def _decode(model: Model, z: Tensor, label: int | None) -> Tensor:
     """uint8 on the CPU."""
-    parts = [model.decode(part, _labels(model, len(part), label), **extra) for part in z.split(BATCH)]
+    parts = [model.decode(part, _labels(model, len(part), label)) for part in z.split(BATCH)]
     return model.to_uint8(torch.cat(parts)).cpu()
 
 

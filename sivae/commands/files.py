@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def read_images(
     source: str, model: inference.Model, count: int, label: int | None = None, spread: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Up to `count` images as the model takes them: uint8 [N, C, H, W], with labels int64 [N]: `label`, or the source's, or None.
+    """Up to `count` images as the model takes them: uint8 [N, C, H, W], with labels int64 [N]: `label`, or else the source's, or None.
 
     `source` is an image file, a folder, a packed set or a pyramid of them, an array file, `digits:` or `shapes:`; with `#N`
     only its image N, of all splits together. The first ones, or with `spread` some from all over it.

@@ -120,7 +120,13 @@ def stylemix(options: argparse.Namespace) -> None:
     def latents(source: str | None, otherwise: Tensor) -> Tensor:
         if source is None:
             return otherwise
-        real, labels = read_images(source, model, options.count, options.label)
+        require(
+            not model.num_classes or options.label is not None,
+            "--label: this model is conditional on classes, and the mixed images are of one; give it",
+        )
+        real, labels = read_images(source, model, options.count)
+        if labels is None and options.label is not None:
+            labels = torch.full((len(real),), options.label)
         return model.encode(real, labels)[0]
 
     coarse, fine = latents(options.rows, drawn[0]), latents(options.columns, drawn[1])

@@ -24,6 +24,7 @@ SIZE = 16
 TREES = {
     "style": {"family": "style", "num_channels": 1, "resolution": SIZE, "base_channels": 4, "max_channels": 8, "latent_dim": 6, "num_mapping_layers": 2},
     "conv": {"family": "conv", "num_channels": 1, "resolution": SIZE, "channels": [8, 8], "latent_dim": 6},
+    "classes": {"family": "style", "num_channels": 1, "resolution": SIZE, "base_channels": 4, "max_channels": 8, "latent_dim": 6, "num_mapping_layers": 2, "num_classes": 10},
     "mlp": {"family": "mlp", "sample_shape": [1, SIZE, SIZE], "latent_dim": 6, "num_hidden": 8},
     "conditional": {"family": "conv", "num_channels": 1, "resolution": SIZE, "channels": [8, 8], "latent_dim": 6, "num_classes": 10},
 }  # fmt: skip
@@ -31,7 +32,7 @@ TREES = {
 
 def model_of(name):
     model = inference.Model(parse_model(TREES[name]).model_dump())
-    if name == "style":
+    if name in ("style", "classes"):
         model.decoder.average_style.copy_(torch.randn(6, generator=torch.Generator().manual_seed(1)))
         for head in model.decoder.to_rgb:  # random weights alone make images that are grey to a value or two
             head.weight.mul_(30)
@@ -115,7 +116,7 @@ def test_levels_that_were_not_trained_are_not_shown(real):
 @pytest.mark.parametrize("name", TREES)
 def test_traversals_move_one_dimension_of_the_first_image(name, real):
     model = model_of(name)
-    labels = torch.arange(5) + 3 if name == "conditional" else None
+    labels = torch.arange(5) + 3 if model.num_classes else None
     figure = figures.traversals(model, real, num_dims=4, num_steps=3, labels=labels, reach=2.0)
     found = tiles_of(figure)
     assert found.shape == (4, 3, 1, SIZE, SIZE) and figure.columns == ["-2", "0", "2"]
@@ -215,6 +216,19 @@ def test_the_commands_draw_the_figures(folder, real):
     assert np.array_equal(picture("traversals.png"), drawn(figures.traversals(sivae.load("conv"), real, 2, 3)))
 
 
+def test_a_conditional_models_styles(folder, real):
+    """Samples of a sweep are of all classes, as those of `sample`; images are encoded as their own class and mixed in one."""
+    model, classes = sivae.load("classes"), torch.arange(5) + 3
+    sweep = tiles_of(figures.truncation_sweep(model, 4, 0, 3))
+    assert close(sweep[:, 2], model.to_uint8(model.sample(4, seed=0)))
+    assert close(sweep[:, 0], model.to_uint8(model.sample(4, seed=0, truncation=-1)))
+    np.savez("labelled.npz", images=np.load("real.npy"), labels=classes.numpy())
+    assert main(["stylemix", "classes", "--rows", "labelled.npz", "--columns", "real.npy", "--label", "2"]) == 0
+    rows, columns = model.encode(real, classes)[0], model.encode(real, torch.full((5,), 2))[0]
+    expected = drawn(figures.style_mixing(model, rows, columns, 3, 2))
+    assert np.abs(picture("stylemix.png").astype(int) - expected).max() <= 1
+
+
 def test_the_ends_of_an_interpolation_are_the_reconstructions(folder, real):
     assert main(["interpolate", "style", "real.npy#1", "real.npy#3", "--gif", "new/path.gif", "--frames", "7"]) == 0
     frames, _ = frames_of(Path("new/path.gif").read_bytes())
@@ -266,6 +280,7 @@ def test_figures_of_training_stay_small():
         (["stylemix", "style", "--coarse-layers", "7"], "--coarse-layers: 7 is not in 0 .. 6, the layers of this model"),
         (["stylemix", "style", "--count", "0"], "--count: 0 is not a number of rows and columns"),
         (["stylemix", "style", "--label", "1"], "--label: this model is not conditional on classes"),
+        (["stylemix", "classes", "--rows", "real.npy"], "--label: this model is conditional on classes"),
         (["sample", "conv", "--truncation-sweep", "3"], "truncation: this is a model of the conv family"),
         (["sample", "style", "--truncation-sweep", "1"], "--truncation-sweep: 1 is too few, both ends make 2"),
         (["reconstruct", "mlp", "real.npy", "--levels"], "layers of styles: this is a model of the mlp family"),
