@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--label", type=int, help="class of all images, for a conditional model")
     sample.add_argument(
-        "--truncation", type=float, default=1.0, metavar="PSI",
+        "--truncation", type=float, metavar="PSI",
         help="of a style model: pull styles to the average, 1 (default) not at all, 0.7 as published",
     )  # fmt: skip
     sample.add_argument(
@@ -182,7 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     interpolate.add_argument("--output", default="interpolation.png")
     interpolate.add_argument("--gif", metavar="FILE", help="also write the path as a GIF, there and back")
-    interpolate.add_argument("--frames", type=int, default=30, help="images of the GIF from one end to the other")
+    interpolate.add_argument("--frames", type=int, help="images of the GIF from one end to the other (default 30)")
 
     traverse = add("traverse", "Move an image's latent dimensions one by one: a row for each of those that tell most.")
     add_model(traverse)
@@ -249,18 +249,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model(ood)
     ood.add_argument("--inlier", metavar="URL", help="packed set of images such as the model was trained on, held out")
-    ood.add_argument("--inlier-split", default="test", metavar="NAME")
+    ood.add_argument("--inlier-split", metavar="NAME", help="of the set (default test)")
     ood.add_argument("--outlier", metavar="URL", help="packed set of other images")
-    ood.add_argument("--outlier-split", default="test", metavar="NAME")
+    ood.add_argument("--outlier-split", metavar="NAME", help="of the set (default test)")
     ood.add_argument("--count", type=int, metavar="N", help="only the first N images of each; all by default")
-    ood.add_argument("--samples", type=int, default=16, metavar="K", help="latent draws for each image (default 16)")
-    ood.add_argument("--seed", type=int, default=0, help="of the draws and of the bootstrap")
-    ood.add_argument("--output", default="ood.png", help="picture of the scores' histograms")
+    ood.add_argument("--samples", type=int, metavar="K", help="latent draws for each image (default 16)")
+    ood.add_argument("--seed", type=int, help="of the draws and of the bootstrap (default 0)")
+    ood.add_argument("--output", help="picture of the scores' histograms (default ood.png)")
     add_keep(ood, "figures and thresholds")
     ood.add_argument("--judge", metavar="IMAGE", help="an image file, or a set with #N: is it an outlier?")
     ood.add_argument(
-        "--score", default="negative_elbo",
-        choices=["negative_elbo", "kl", "reconstruction", "importance_weighted"], help="which score judges",
+        "--score", choices=["negative_elbo", "kl", "reconstruction", "importance_weighted"],
+        help="which score judges (default negative_elbo)",
     )  # fmt: skip
 
     encode = add(
@@ -307,7 +307,7 @@ def build_parser() -> argparse.ArgumentParser:
     attribute.add_argument("--negatives", metavar="SOURCE", help="images without it")
     attribute.add_argument("--direction", metavar="FILE", help="apply a direction that was found before")
     attribute.add_argument(
-        "--save", default="attribute.safetensors", metavar="FILE", help="where to put the one found now"
+        "--save", metavar="FILE", help="where to put the one found now (default attribute.safetensors)"
     )
     attribute.add_argument(
         "--images",

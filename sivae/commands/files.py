@@ -177,6 +177,17 @@ def split_path(path: str) -> tuple[Folder, str]:
     return Folder(folder), name
 
 
+def given(value: Any, default: Any) -> Any:
+    """An option's value, or the default of one that was not given."""
+    return default if value is None else value
+
+
+def require_unused(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Raises UserError when one of these options was given: it would count for nothing."""
+    used = [name for name in names if getattr(options, name) is not None]
+    require(not used, f"--{used and used[0].replace('_', '-')}: {why}")
+
+
 def require(condition: object, sentence: str) -> None:
     if not condition:
         raise UserError(sentence)

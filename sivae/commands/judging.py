@@ -6,7 +6,16 @@ import argparse
 import dataclasses
 
 from sivae import inference
-from sivae.commands.files import load_model, load_on_all, open_set, read_image, require, write_bytes
+from sivae.commands.files import (
+    given,
+    load_model,
+    load_on_all,
+    open_set,
+    read_image,
+    require,
+    require_unused,
+    write_bytes,
+)
 from sivae.errors import require_matplotlib, shown
 from sivae.storage import Folder
 
@@ -53,22 +62,33 @@ def evaluate(options: argparse.Namespace) -> None:
 def ood(options: argparse.Namespace) -> None:
     from sivae import outliers
 
-    require(options.samples > 0, f"--samples: {options.samples} is not a number of draws")
-    require(options.seed >= 0, f"--seed: {options.seed} is negative")
+    if options.judge:
+        measuring = ("inlier", "inlier_split", "outlier", "outlier_split", "count", "samples", "seed", "output")
+        require_unused(options, measuring, "goes without --judge, which takes the thresholds as they were found")
+    else:
+        require_unused(options, ("score",), "goes with --judge; sets are told apart by all scores")
+    samples, seed = given(options.samples, 16), given(options.seed, 0)
+    require(samples > 0, f"--samples: {samples} is not a number of draws")
+    require(seed >= 0, f"--seed: {seed} is negative")
+    options.output = given(options.output, "ood.png")
     model = load_model(options)
     require(len(model.sample_shape) == 3, "this model is not one of images")
     folder = _kept_in(options)
     if options.judge:
-        require(not (options.inlier or options.outlier), "--judge: goes without --inlier and --outlier")
         image, _ = read_image(options.judge, model)
-        verdict = outliers.judge(model, image, outliers.read_calibration(folder, model), options.score)
+        verdict = outliers.judge(
+            model, image, outliers.read_calibration(folder, model), given(options.score, "negative_elbo")
+        )
         print(f"{options.judge}: {verdict.sentence}")
         return
     require(options.inlier and options.outlier, "give both --inlier and --outlier, or --judge IMAGE")
     require(options.count is None or options.count > 0, f"--count: {options.count} is not a number of images")
     require_matplotlib("the histograms")
-    settings = {"num_samples": options.samples, "seed": options.seed, "count": options.count}
-    sets = [(options.inlier, options.inlier_split), (options.outlier, options.outlier_split)]
+    settings = {"num_samples": samples, "seed": seed, "count": options.count}
+    sets = [
+        (options.inlier, given(options.inlier_split, "test")),
+        (options.outlier, given(options.outlier_split, "test")),
+    ]
     streams = [open_set(url, split, model) for url, split in sets]
     outliers.check_sets(*streams, options.count)
     folder.try_writing()
@@ -76,14 +96,14 @@ def ood(options: argparse.Namespace) -> None:
         kind, weight = outliers.weighting(model)
         print(f"{options.model}: does not say how it was trained; the scores take a {kind} of weight {weight:g}")
     inlier, outlier = (outliers.score_set(model, stream, **settings) for stream in streams)
-    results = outliers.compare(inlier, outlier, options.seed)
+    results = outliers.compare(inlier, outlier, seed)
     for line in outliers.table(results):
         print(line)
     known = {name: (stream, shown(url)) for name, stream, (url, _) in zip(("inlier", "outlier"), streams, sets)}
-    kept = outliers.write_figures(folder, model, results, known, options.count, options.samples, options.seed)
+    kept = outliers.write_figures(folder, model, results, known, options.count, samples, seed)
     print(f"{kept}: the figures with their protocol")
     names = [f"{shown(url)} {split}" for url, split in sets]
-    calibration = outliers.calibrate(model, inlier, streams[0], names[0], options.samples, options.seed)
+    calibration = outliers.calibrate(model, inlier, streams[0], names[0], samples, seed)
     before = outliers.inliers_of_calibration(folder, model)
     kept = outliers.write_calibration(folder, model, calibration)
     replaced = f", in place of those of {before}" if before not in (None, names[0]) else ""

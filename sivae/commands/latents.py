@@ -12,6 +12,7 @@ import torch
 
 from sivae import figures, inference
 from sivae.commands.files import (
+    given,
     load_model,
     load_on_all,
     open_images,
@@ -19,6 +20,7 @@ from sivae.commands.files import (
     read_image,
     read_images,
     require,
+    require_unused,
     split_path,
     take,
     write_figure,
@@ -98,6 +100,12 @@ def attribute(options: argparse.Namespace) -> None:
     require(
         options.label is None or options.data or options.encoded, "--label: of which set? give its --data, or --encoded"
     )
+    if options.direction is not None:
+        require_unused(options, ("save", "encoded"), "goes without --direction, which is there already")
+    if folders:
+        require_unused(options, ("encoded",), "goes with --label; --positives and --negatives are encoded now")
+    if not (options.data or options.encoded):
+        require_unused(options, ("split",), "goes with --data")
     require(options.image_label is None or options.images, "--image-label: goes with --images")
     require(options.images or options.data, "give the --images to change, or --data to take the first ones of that set")
     model = load_model(options)
@@ -116,8 +124,9 @@ def attribute(options: argparse.Namespace) -> None:
         direction.check(model.latent_dim, inference.weights_digest(model), options.direction)
     else:
         direction = _find_direction(options, model, stream, encoded)
-        direction.save(*split_path(options.save))
-        print(options.save)
+        place = given(options.save, "attribute.safetensors")
+        direction.save(*split_path(place))
+        print(place)
     # Rounded, so that the middle one is 0.
     strengths = np.linspace(-options.reach, options.reach, options.steps).round(9).tolist()
     write_figure(options.output, figures.attribute(model, real, direction, strengths, labels))

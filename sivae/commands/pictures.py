@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from sivae import figures, images, inference
-from sivae.commands.files import load_model, read_image, read_images, require, write_bytes, write_figure, write_picture
+from sivae.commands.files import (
+    given,
+    load_model,
+    read_image,
+    read_images,
+    require,
+    require_unused,
+    write_bytes,
+    write_figure,
+    write_picture,
+)
 from sivae.progress import progress_bar
 from sivae.randomness import fixed_latents
 from sivae.storage import Folder
@@ -20,9 +30,15 @@ SAMPLE_BATCH = 64  # samples made at once
 
 
 def sample(options: argparse.Namespace) -> None:
-    count = options.count if options.count is not None else 8 if options.truncation_sweep else 64
+    count = given(options.count, 8 if options.truncation_sweep else 64)
     require(count > 0, f"--count: {count} is not a number of images")
     require(options.seed >= 0, f"--seed: {options.seed} is negative")
+    if options.truncation_sweep is not None:
+        require_unused(
+            options, ("truncation", "truncation_layers", "folder"), "goes without --truncation-sweep, which is one picture"
+        )  # fmt: skip
+    if options.truncation is None:
+        require_unused(options, ("truncation_layers",), "goes with --truncation")
     model = load_model(options)
     require(len(model.sample_shape) == 3, "this model is not one of images")
     _require_label(options, model)
@@ -40,7 +56,7 @@ def sample(options: argparse.Namespace) -> None:
     if folder is not None:
         _require_no_others(folder, count)
     num_shown = count if folder is None else min(count, NUM_SHOWN)
-    truncation = {"truncation": options.truncation, "truncation_layers": options.truncation_layers}
+    truncation = {"truncation": given(options.truncation, 1.0), "truncation_layers": options.truncation_layers}
     shown = []
     with progress_bar(count, "writing", " images", enabled=folder is not None) as bar:
         for first in range(0, count, SAMPLE_BATCH):
@@ -77,9 +93,12 @@ def reconstruct(options: argparse.Namespace) -> None:
 
 
 def interpolate(options: argparse.Namespace) -> None:
-    model = load_model(options)
+    frames = given(options.frames, 30)
     require(options.steps >= 2, f"--steps: {options.steps} is too few, both ends make 2")
-    require(options.frames >= 2, f"--frames: {options.frames} is too few, both ends make 2")
+    require(frames >= 2, f"--frames: {frames} is too few, both ends make 2")
+    if options.gif is None:
+        require_unused(options, ("frames",), "goes with --gif")
+    model = load_model(options)
     first, labels = read_image(options.first, model, options.label)
     second, second_labels = read_image(options.second, model, options.label)
 
@@ -91,7 +110,7 @@ def interpolate(options: argparse.Namespace) -> None:
         options.output, images.grid(torch.cat([first, path(options.steps), second]), columns=options.steps + 2)
     )
     if options.gif:
-        write_bytes(options.gif, images.gif_bytes(path(options.frames)))
+        write_bytes(options.gif, images.gif_bytes(path(frames)))
 
 
 def traverse(options: argparse.Namespace) -> None:

@@ -475,6 +475,28 @@ BAD = [
     (["sample", "GREY", "--output", "text.txt/a.png"], "cannot write"),
     (["sample", "GREY", "--output", "a.jpg"], "--output: a.jpg is written as .png; name it like that"),
     (["ood", "GREY", "--output", "a"], "--output: a is written as .png"),
+    (["ood", "GREY", "--judge", "digits:#0", "--samples", "4"], "--samples: goes without --judge"),
+    (["ood", "GREY", "--judge", "digits:#0", "--inlier-split", "all"], "--inlier-split: goes without --judge"),
+    (["ood", "GREY", "--inlier", "digits:", "--outlier", "packed", "--score", "kl"], "--score: goes with --judge"),
+    (["sample", "GREY", "--truncation-layers", "2"], "--truncation-layers: goes with --truncation"),
+    (
+        ["sample", "GREY", "--truncation-sweep", "3", "--truncation", "1"],
+        "--truncation: goes without --truncation-sweep",
+    ),
+    (["sample", "GREY", "--truncation-sweep", "3", "--folder", "f"], "--folder: goes without --truncation-sweep"),
+    (["interpolate", "GREY", "digits:#0", "digits:#1", "--frames", "5"], "--frames: goes with --gif"),
+    (
+        ["attribute", "GREY", "--images", "digits:", "--direction", "a", "--save", "b"],
+        "--save: goes without --direction",
+    ),
+    (
+        ["attribute", "GREY", "--images", "digits:", "--positives", "a", "--negatives", "b", "--encoded", "c"],
+        "--encoded: goes with --label",
+    ),
+    (
+        ["attribute", "GREY", "--images", "digits:", "--positives", "a", "--negatives", "b", "--split", "test"],
+        "--split: goes with --data",
+    ),
     (["interpolate", "GREY", "digits:#0", "digits:#1", "--gif", "a.png"], "--gif: a.png is written as .gif"),
     (["reconstruct", "POINTS", "digits:"], "not one of images"),
     (["reconstruct", "GREY", "nowhere.png"], "nowhere.png"),

@@ -287,7 +287,7 @@ def test_figures_of_training_stay_small():
         (["traverse", "conv", "real.npy", "--dims", "0"], "--dims: 0 is too few, give 1 or more"),
         (["traverse", "conv", "real.npy", "--reach", "-1"], "--reach: -1.0 is not a distance above 0"),
         (["traverse", "conv", "real.npy#9"], "real.npy: has images 0 to 4, not 9"),
-        (["interpolate", "conv", "real.npy#0", "real.npy#1", "--frames", "1"], "--frames: 1 is too few, both ends make 2"),
+        (["interpolate", "conv", "real.npy#0", "real.npy#1", "--gif", "a.gif", "--frames", "1"], "--frames: 1 is too few, both ends make 2"),
     ],
 )  # fmt: skip
 def test_wrong_questions_get_one_sentence(folder, arguments, sentence, capsys):

@@ -237,7 +237,7 @@ def test_damaged_thresholds_are_refused(sets, tmp_path, capsys, key):
         (["--count", "0"], "--count: 0"),
         (["--count", "160"], "out/set has 150"),
         (["--count", "99"], "too few for a threshold"),
-        (["--judge", "x.png"], "goes without --inlier"),
+        (["--judge", "x.png"], "--inlier: goes without --judge"),
     ],
 )
 def test_what_cannot_be_told_is_one_sentence(sets, tmp_path, capsys, more, sentence):
