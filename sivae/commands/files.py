@@ -118,17 +118,20 @@ def _read_file(path: str) -> Sample:
 
 
 def load_model(options: argparse.Namespace) -> inference.Model:
-    """The model of a command, after a look at the names of the pictures that it is to write. It raises UserError for images
-    that are not finite, which a picture would show as black."""
+    """The model of a command, after a look at the names of the files that it is to write, and whether they can be. It raises
+    UserError for images that are not finite, which a picture would show as black."""
     from sivae.distributed import pick_device
 
+    paths = {option: getattr(options, option, None) for option in ("output", "gif", "save")}
     for option, suffix in (("output", ".png"), ("gif", ".gif")):
-        path = getattr(options, option, None)
+        path = paths[option]
         require(
             path is None or path.lower().endswith(suffix),
             f"--{option}: {path} is written as {suffix}; name it like that",
         )
     model = inference.load(options.model, device=pick_device(options.device), weights=options.weights)
+    for path in filter(None, paths.values()):
+        split_path(path)[0].try_writing()
 
     def check(decoder: torch.nn.Module, latents: tuple[Tensor, ...], made: Tensor) -> None:
         require(made.isfinite().all(), f"{options.model}: makes images that are not finite; take an earlier checkpoint")

@@ -67,10 +67,10 @@ def ood(options: argparse.Namespace) -> None:
         require_unused(options, measuring, "goes without --judge, which takes the thresholds as they were found")
     else:
         require_unused(options, ("score",), "goes with --judge; sets are told apart by all scores")
+        options.output = given(options.output, "ood.png")
     samples, seed = given(options.samples, 16), given(options.seed, 0)
     require(samples > 0, f"--samples: {samples} is not a number of draws")
     require(seed >= 0, f"--seed: {seed} is negative")
-    options.output = given(options.output, "ood.png")
     model = load_model(options)
     require(len(model.sample_shape) == 3, "this model is not one of images")
     folder = _kept_in(options)

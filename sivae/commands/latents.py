@@ -102,6 +102,8 @@ def attribute(options: argparse.Namespace) -> None:
     )
     if options.direction is not None:
         require_unused(options, ("save", "encoded"), "goes without --direction, which is there already")
+    else:
+        options.save = given(options.save, "attribute.safetensors")
     if folders:
         require_unused(options, ("encoded",), "goes with --label; --positives and --negatives are encoded now")
     if not (options.data or options.encoded):
@@ -124,9 +126,8 @@ def attribute(options: argparse.Namespace) -> None:
         direction.check(model.latent_dim, inference.weights_digest(model), options.direction)
     else:
         direction = _find_direction(options, model, stream, encoded)
-        place = given(options.save, "attribute.safetensors")
-        direction.save(*split_path(place))
-        print(place)
+        direction.save(*split_path(options.save))
+        print(options.save)
     # Rounded, so that the middle one is 0.
     strengths = np.linspace(-options.reach, options.reach, options.steps).round(9).tolist()
     write_figure(options.output, figures.attribute(model, real, direction, strengths, labels))

@@ -411,6 +411,16 @@ def test_the_commands(here, capsys, packed, pixels):
     np.testing.assert_allclose(two.vector, expected / np.linalg.norm(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("option", ["output", "save"])
+def test_what_cannot_be_written_is_known_before_a_set_is_encoded(here, capsys, option):
+    Path("file").write_text("")
+    suffix = ".png" if option == "output" else ""
+    arguments = ["--data", "set", "--label", "2", f"--{option}", f"file/x{suffix}"]
+    assert main(["attribute", "model", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("sivae: error: file/") and "cannot write" in error and "encoding" not in error
+
+
 def test_unlabelled_images_of_a_conditional_model_are_given_a_label(here, capsys):
     arguments = ["--label", "1", "--data", "set", "--images", "few.npy", "--image-label", "2"]
     assert main(["attribute", "conditional", *arguments]) == 0 and Path("attribute.png").exists()
