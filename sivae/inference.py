@@ -66,13 +66,16 @@ class Model:
 
     @torch.no_grad()
     def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """mu, logvar of q(z | x), each [B, latent_dim]."""
+        """mu, logvar of q(z | x), each [B, latent_dim]. Raises UserError for images or labels that are not this model's."""
         if tuple(images.shape[1:]) != self.sample_shape:
             raise UserError(
                 f"images of shape {tuple(images.shape[1:])} do not fit this model, which takes {self.sample_shape}"
             )
         images = images.to(self.device)
-        images = to_float(images, *self.value_range) if images.dtype == torch.uint8 else images
+        if images.dtype == torch.uint8:
+            images = to_float(images, *self.value_range)
+        elif not images.is_floating_point():
+            raise UserError(f"images are {images.dtype}; give uint8, or floats from {self.value_range[0]:g} to 1")
         if self.num_classes and labels is None:
             raise UserError(f"this model is conditional on {self.num_classes} classes: give the images' labels")
         return self.encoder(images, self._labels(labels, len(images)), **self.stage)
@@ -85,8 +88,15 @@ class Model:
 
         A style model also takes z [B, num_layers, latent_dim], a latent for each layer; and `truncation` (psi, published 0.7)
         pulls the styles of its first `truncation_layers` layers (published 8; None: of all) to the average style: less
-        variety, fewer bad images.
+        variety, fewer bad images. Raises UserError for latents of another shape.
         """
+        shapes = [(self.latent_dim,)]
+        if self.settings["family"] == "style":
+            shapes.append((self.num_layers, self.latent_dim))
+        if tuple(z.shape[1:]) not in shapes:
+            raise UserError(
+                f"latents of shape {tuple(z.shape[1:])} do not fit this model, which takes {' or '.join(map(str, shapes))}"
+            )
         extra = dict(self.stage)
         check_truncation(truncation, truncation_layers)
         if truncation != 1:
@@ -102,6 +112,9 @@ class Model:
 
         See `decode` for truncation.
         """
+        for name, value, least in (("count", count, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if value < least:
+                raise UserError(f"{name}: {value} is too few, give {least} or more")
         z = fixed_latents(seed, count, self.latent_dim, first)
         if labels is None and self.num_classes:
             labels = torch.arange(first, first + count) % self.num_classes

@@ -189,6 +189,26 @@ def test_an_image_of_the_wrong_shape_is_refused(model, shape):
         model.reconstruct(torch.zeros(shape))
 
 
+def test_images_of_another_type_are_refused(model):
+    with pytest.raises(UserError, match=r"images are torch.int64; give uint8, or floats from -?\d to 1"):
+        model.encode(images(2).long())
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4,), (2, 3, 4), (2, 4, 1)])
+def test_latents_of_the_wrong_shape_are_refused(model, shape):
+    with pytest.raises(UserError, match="latents of shape .* do not fit this model, which takes"):
+        model.decode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"count": 0}, {"count": -1}, {"count": 2, "seed": -1}, {"count": 2, "batch_size": 0}]
+)
+def test_samples_that_there_are_not(model, arguments):
+    name = next(reversed(arguments))
+    with pytest.raises(UserError, match=f"{name}: {arguments[name]} is too few, give {int(name != 'seed')} or more"):
+        model.sample(**arguments)
+
+
 # Export and load
 
 
