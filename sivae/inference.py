@@ -272,6 +272,10 @@ def load(
         found = checkpoint.read(run, name, (file,))
     else:
         found = checkpoint.read_newest(folder, report=_tell, files=(file,))
+    if found is None and name == "best":
+        raise UserError(
+            f"{path}: there is no best checkpoint; training notes one where evaluate.every_images has it judge them"
+        )
     if found is None:
         raise UserError(
             f"{path}: holds no model; give a run directory with checkpoints or a folder made by `sivae export` or `sivae import`"

@@ -210,9 +210,12 @@ class DirectionFit:
                 raise UserError(
                     f"{name}: there are {examples.count} examples {which} it; give {MIN_EXAMPLES} or more of each kind"
                 )
+        along = [torch.cat(examples.held_out).double() for examples in (positives, negatives)]
+        if not all(values.isfinite().all() for values in (*along, positives.sum, negatives.sum)):
+            raise UserError(f"{name}: some latents are not finite; is this a model whose training failed?")
         difference = positives.mean - negatives.mean
         length = float(difference.norm())
-        if not math.isfinite(length) or length == 0:
+        if length == 0:
             raise UserError(f"{name}: examples with and without it have the same mean latent, so there is no direction")
         vector = difference / length
         freedom = positives.num_fitted + negatives.num_fitted - 2
@@ -221,9 +224,7 @@ class DirectionFit:
         deviation = math.sqrt(max(scatter, 0.0) / freedom)
         if deviation <= 1e-6 * length:
             raise UserError(f"{name}: the examples of each kind do not differ among themselves; give others")
-        along = [torch.cat(examples.held_out).double() @ vector for examples in (positives, negatives)]
-        if not all(part.isfinite().all() for part in along):
-            raise UserError(f"{name}: some latents are not finite; is this a model whose training failed?")
+        along = [latents @ vector for latents in along]
         middle = float((positives.mean + negatives.mean) @ vector) / 2
         separation = Separation(
             distance=length / deviation,

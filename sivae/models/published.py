@@ -60,7 +60,7 @@ def _load(path: str) -> Any:
     try:
         with open(path, "rb") as file:
             if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x04"):
-                raise UserError(f"{path}: is not a PyTorch file")
+                raise UserError(f"{path}: is not a PyTorch file, such as a published .pth")
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
@@ -70,8 +70,11 @@ def _load(path: str) -> Any:
             raise
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
+    except (FileNotFoundError, NotADirectoryError):
+        remote = "; what is at a URL is to be fetched first" if "://" in path else ""
+        raise UserError(f"{path}: there is no such file on this machine{remote}") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a published .pth file") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: holds Python objects besides weights, whose reading could run code, or is damaged; where you trust the file,"

@@ -188,6 +188,7 @@ def test_auroc_is_the_share_of_pairs_in_order():
         (torch.randn(50, 2), torch.randn(9, 2), "smile: there are 9 examples without it; give 10 or more"),
         (torch.ones(20, 2), torch.ones(20, 2), "smile: examples with and without it have the same mean latent"),
         (torch.ones(20, 2), torch.zeros(20, 2), "smile: the examples of each kind do not differ among themselves"),
+        (torch.full((20, 2), torch.nan), torch.randn(50, 2), "smile: some latents are not finite"),
     ],
 )
 def test_examples_that_give_no_direction(positives, negatives, sentence):
