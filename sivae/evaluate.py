@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sivae import __version__, real_statistics
 from sivae.data import Batch, ImageStream
 from sivae.distributed import Group
-from sivae.errors import UserError
+from sivae.errors import UserError, shown
 from sivae.images import to_float
 from sivae.inference import Model, check_truncation, weights_digest
 from sivae.metrics import catalogue, features, kid, precision_recall, reconstruction
@@ -456,7 +456,7 @@ def keep(
     run: Folder, prefix: str, figures: dict[str, Any], protocol: dict[str, Any], model: Model, known: dict[str, Any]
 ) -> str:
     """Keep figures of a model under evaluations/ of its run, with their protocol and what else is known. Returns the file's path or
-    URL. The same model judged again by the same protocol takes the same name."""
+    URL as it may be shown. The same model judged again by the same protocol takes the same name."""
     protocol = protocol | {"weights": model.weights or "unknown"}
     digest = weights_digest(model)
     key = hashlib.sha256(json.dumps([protocol, digest], sort_keys=True).encode()).hexdigest()[:8]
@@ -465,4 +465,4 @@ def keep(
         **known, "sivae": __version__, "torch": torch.__version__, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
     run.write(json.dumps(content, indent=1).encode(), FOLDER, f"{prefix}{key}.json")
-    return f"{run.url}/{FOLDER}/{prefix}{key}.json"
+    return f"{shown(run.url)}/{FOLDER}/{prefix}{key}.json"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sivae import __version__, checkpoint, models
 from sivae.config import ConfigError, parse_model
-from sivae.errors import UserError
+from sivae.errors import UserError, shown
 from sivae.images import to_float, to_uint8
 from sivae.latents import slerp
 from sivae.objectives import reparameterize
@@ -261,7 +261,7 @@ def load(
     if folder.exists(SETTINGS_FILE):
         model = _load_exported(folder, device)
         if weights is not None and model.weights not in (weights, None):
-            raise UserError(f"{path}: holds {model.weights} weights alone, and {weights} ones are asked for")
+            raise UserError(f"{shown(path)}: holds {model.weights} weights alone, and {weights} ones are asked for")
         return model
     file = "weights" if weights == "plain" else "average"
     owner, name = run_of(path)
@@ -274,16 +274,16 @@ def load(
         found = checkpoint.read_newest(folder, report=_tell, files=(file,))
     if found is None and name == "best":
         raise UserError(
-            f"{path}: there is no best checkpoint; training notes one where evaluate.every_images has it judge them"
+            f"{shown(path)}: there is no best checkpoint; training notes one where evaluate.every_images has it judge them"
         )
     if found is None:
         raise UserError(
-            f"{path}: holds no model; give a run directory with checkpoints or a folder made by `sivae export` or `sivae import`"
+            f"{shown(path)}: holds no model; give a run directory with checkpoints or a folder made by `sivae export` or `sivae import`"
         )
     averaged = found.state.get("averaged", True)
     if weights == "average" and not averaged:
         raise UserError(
-            f"{path}: keeps no average of its weights (ema.halflife_images is 0), and average ones are asked for"
+            f"{shown(path)}: keeps no average of its weights (ema.halflife_images is 0), and average ones are asked for"
         )
     model = Model(
         _model_settings(found.state["model"], path),
@@ -342,7 +342,7 @@ def fill(model: Model, tensors: dict[str, Tensor], where: str) -> None:
             getattr(model, name).load_state_dict(part)
         except RuntimeError as error:
             raise UserError(
-                f"{where}: the {name}'s weights do not fit its settings ({' '.join(str(error).split())[:300]})"
+                f"{shown(where)}: the {name}'s weights do not fit its settings ({' '.join(str(error).split())[:300]})"
             ) from None
 
 
@@ -359,7 +359,9 @@ def _load_exported(folder: Folder, device: str | torch.device) -> Model:
         described = settings.get("info", {}), settings.get("weights")
         model = Model(_model_settings(settings["model"], folder.url), device, *described)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder.url}: is not a model that sivae can read ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"{shown(folder.url)}: is not a model that sivae can read ({type(error).__name__}: {error})"
+        ) from None
     fill(model, tensors, folder.url)
     return model
 
@@ -368,7 +370,7 @@ def _model_settings(tree: dict[str, Any], where: str) -> dict[str, Any]:
     try:
         return parse_model(tree).model_dump()
     except ConfigError as error:
-        raise UserError(f"{where}: holds model settings that this version does not know ({error})") from None
+        raise UserError(f"{shown(where)}: holds model settings that this version does not know ({error})") from None
 
 
 def read_target(path: str, storage_options: dict[str, Any] | None = None) -> dict[str, Tensor]:
@@ -391,9 +393,11 @@ def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = N
     present = [name for name in (CARD_FILE, WEIGHTS_FILE, TARGET_FILE) if folder.exists(name)]
     begun = CARD_FILE in present and CARD_HEAD.encode() in folder.read(CARD_FILE)
     if present and not begun and not folder.exists(SETTINGS_FILE):
-        raise UserError(f"{folder.url}: holds a {present[0]} that is of no exported model; give another folder")
+        raise UserError(f"{shown(folder.url)}: holds a {present[0]} that is of no exported model; give another folder")
     if folder.names("checkpoints"):
-        raise UserError(f"{folder.url}: holds a run, whose checkpoints this model would hide; give another folder")
+        raise UserError(
+            f"{shown(folder.url)}: holds a run, whose checkpoints this model would hide; give another folder"
+        )
     folder.write(_model_card(model).encode(), CARD_FILE)
     tensors = {name: value.cpu().contiguous() for name, value in tensors_of(model).items()}
     if target_decoder:

@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from sivae.errors import UserError
+from sivae.errors import UserError, shown
 from sivae.metrics.ood import auroc
 from sivae.storage import Folder
 
@@ -140,7 +140,7 @@ class Direction:
             )
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(
-                f"{folder.url}/{name}: is no direction that sivae can read ({type(error).__name__}: {error})"
+                f"{shown(folder.url)}/{name}: is no direction that sivae can read ({type(error).__name__}: {error})"
             ) from None
 
     def check(self, latent_dim: int, weights_sha256: str, where: str) -> None:

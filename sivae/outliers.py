@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sivae.data import ImageStream
-from sivae.errors import UserError
+from sivae.errors import UserError, shown
 from sivae.evaluate import keep
 from sivae.images import to_float
 from sivae.inference import Model, weights_digest
@@ -178,16 +178,16 @@ def calibration_file(model: Model) -> str:
 
 
 def write_calibration(folder: Folder, model: Model, calibration: dict[str, Any]) -> str:
-    """Returns the file's path or URL."""
+    """Returns the file's path or URL, as it may be shown."""
     folder.write(json.dumps(calibration, indent=1).encode(), calibration_file(model))
-    return f"{folder.url}/{calibration_file(model)}"
+    return f"{shown(folder.url)}/{calibration_file(model)}"
 
 
 def read_calibration(folder: Folder, model: Model) -> dict[str, Any]:
     """Raises UserError when there is none of these weights."""
     again, name = "run sivae ood MODEL --inlier URL --outlier URL", calibration_file(model)
     if not folder.exists(name):
-        raise UserError(f"{folder.url}: no threshold is calibrated for these weights; {again} first")
+        raise UserError(f"{shown(folder.url)}: no threshold is calibrated for these weights; {again} first")
     try:
         calibration = json.loads(folder.read(name))
         whole = (
@@ -206,7 +206,7 @@ def read_calibration(folder: Folder, model: Model) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise UserError(f"{folder.url}/{name}: is damaged; {again} again")
+        raise UserError(f"{shown(folder.url)}/{name}: is damaged; {again} again")
     return calibration
 
 

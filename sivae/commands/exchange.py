@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from sivae import config, inference, outliers
+from sivae.errors import shown
 from sivae.storage import Folder
 
 
@@ -27,7 +28,7 @@ def import_(options: argparse.Namespace) -> None:
     )
     inference.export(model, options.dest, found.networks.get("target_decoder"))
     print(
-        f"{options.dest}: {found.kind} model, {_describe(model)}; use it with sivae.load, or train on with run.init_from={options.dest}"
+        f"{shown(options.dest)}: {found.kind} model, {_describe(model)}; use it with sivae.load, or train on with run.init_from={shown(options.dest)}"
     )
 
 
@@ -35,7 +36,9 @@ def export(options: argparse.Namespace) -> None:
     model = inference.load(options.model, weights=options.weights)
     inference.export(model, options.dest, inference.read_target(options.model))
     outliers.carry_calibration(Folder(inference.run_of(options.model)[0]), Folder(options.dest), model)
-    print(f"{options.dest}: {_describe(model)}; {inference.WEIGHTS_FILE}, {inference.SETTINGS_FILE} and a model card")
+    print(
+        f"{shown(options.dest)}: {_describe(model)}; {inference.WEIGHTS_FILE}, {inference.SETTINGS_FILE} and a model card"
+    )
 
 
 def _describe(model: inference.Model) -> str:

@@ -134,7 +134,10 @@ def load_model(options: argparse.Namespace) -> inference.Model:
         split_path(path)[0].try_writing()
 
     def check(decoder: torch.nn.Module, latents: tuple[Tensor, ...], made: Tensor) -> None:
-        require(made.isfinite().all(), f"{options.model}: makes images that are not finite; take an earlier checkpoint")
+        require(
+            made.isfinite().all(),
+            f"{shown(options.model)}: makes images that are not finite; take an earlier checkpoint",
+        )
 
     model.decoder.register_forward_hook(check)
     return model

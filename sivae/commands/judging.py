@@ -94,7 +94,7 @@ def ood(options: argparse.Namespace) -> None:
     folder.try_writing()
     if not model.info.get("objective"):
         kind, weight = outliers.weighting(model)
-        print(f"{options.model}: does not say how it was trained; the scores take a {kind} of weight {weight:g}")
+        print(f"{shown(options.model)}: does not say how it was trained; the scores take a {kind} of weight {weight:g}")
     inlier, outlier = (outliers.score_set(model, stream, **settings) for stream in streams)
     results = outliers.compare(inlier, outlier, seed)
     for line in outliers.table(results):

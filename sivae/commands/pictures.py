@@ -21,6 +21,7 @@ from sivae.commands.files import (
     write_figure,
     write_picture,
 )
+from sivae.errors import shown
 from sivae.progress import progress_bar
 from sivae.randomness import fixed_latents
 from sivae.storage import Folder
@@ -57,19 +58,19 @@ def sample(options: argparse.Namespace) -> None:
         _require_no_others(folder, count)
     num_shown = count if folder is None else min(count, NUM_SHOWN)
     truncation = {"truncation": given(options.truncation, 1.0), "truncation_layers": options.truncation_layers}
-    shown = []
+    pictured = []
     with progress_bar(count, "writing", " images", enabled=folder is not None) as bar:
         for first in range(0, count, SAMPLE_BATCH):
             num = min(SAMPLE_BATCH, count - first)
             labels = None if options.label is None else torch.full((num,), options.label)
             made = model.sample(num, seed=options.seed, labels=labels, first=first, **truncation)
             made = model.to_uint8(made).cpu()
-            shown.append(made[: max(0, num_shown - first)])
+            pictured.append(made[: max(0, num_shown - first)])
             if folder is not None:
                 for number, image in enumerate(made, first):
                     folder.write(images.png_bytes(images.pixels(image)), _name(number))
                     bar.update()
-    write_picture(options.output, images.grid(torch.cat(shown), columns=_columns(num_shown)))
+    write_picture(options.output, images.grid(torch.cat(pictured), columns=_columns(num_shown)))
     if folder is not None:
         print(f"{options.folder}: {count} images; the picture shows the first {num_shown}")
 
@@ -174,7 +175,7 @@ def _require_no_others(folder: Folder, count: int) -> None:
     others = [name for name in folder.names() if re.fullmatch(r"\d{6,}\.png", name) and name not in own]
     require(
         not others,
-        f"--folder: {folder.url} holds {len(others):,} images that these {count:,} would not replace, the first is"
+        f"--folder: {shown(folder.url)} holds {len(others):,} images that these {count:,} would not replace, the first is"
         f" {others and others[0]}; delete them, or give another folder",
     )
 

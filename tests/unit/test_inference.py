@@ -381,6 +381,16 @@ def test_what_is_no_model_is_refused(tmp_path):
             sivae.load(str(path))
 
 
+def test_what_is_said_of_a_url_has_no_password():
+    place = "memory://me:secret@models/one"
+    with pytest.raises(UserError, match=r"^memory://\.\.\.@models/one: holds no model"):
+        sivae.load(place)
+    inference.export(model_of(), place)
+    Folder(place).write(b"", "model.safetensors")
+    with pytest.raises(UserError, match=r"^memory://\.\.\.@models/one: is not a model"):
+        sivae.load(place)
+
+
 def test_unknown_weights_are_refused(run):
     with pytest.raises((UserError, ValueError), match="avrage"):
         sivae.load(run[0].url, weights="avrage")
