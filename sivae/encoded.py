@@ -197,7 +197,7 @@ def _write_parts(model, stream, folder, group, what, todo, spans, names, batch_s
 
 
 def _present(folder: Folder, what: dict[str, Any], tag: str) -> set[str] | None:
-    """Names of the parts that are there already; None when all is. Raises UserError when something else is."""
+    """Names of the parts that are there already; None when all is. Raises UserError when something else is, or no file can be."""
     index = _read_index(folder)
     if index is not None and index["what"] != what:
         raise UserError(
@@ -212,6 +212,7 @@ def _present(folder: Folder, what: dict[str, Any], tag: str) -> set[str] | None:
         )
     if index is not None and all(part["name"] in found for part in index["parts"]):
         return None
+    folder.try_writing()
     return set(found)
 
 

@@ -411,6 +411,13 @@ def test_the_commands(here, capsys, packed, pixels):
     np.testing.assert_allclose(two.vector, expected / np.linalg.norm(expected), atol=1e-5)
 
 
+def test_latents_that_cannot_be_written_are_not_made(here, capsys):
+    Path("file").write_text("")
+    assert main(["encode", "model", "set", "file/latents"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("sivae: error: file/latents/") and "cannot write" in error and "encoding" not in error
+
+
 @pytest.mark.parametrize("option", ["output", "save"])
 def test_what_cannot_be_written_is_known_before_a_set_is_encoded(here, capsys, option):
     Path("file").write_text("")
