@@ -118,16 +118,16 @@ class ImageStream:
                 f"{self.resolution} from; pack it larger, or leave random_crop off"
             )
         if self.resolution != index.resolution and not random_crop:
-            larger = ", or cut from it with data.random_crop=true" if self.resolution < index.resolution else ""
+            larger = ", or with data.random_crop=true, which cuts from it" if self.resolution < index.resolution else ""
             raise UserError(
                 f"{where} is packed at resolution {index.resolution} and the model takes "
-                f"{resolution}; pack it with --resolution {resolution}, or set "
+                f"{resolution}; pack it with --resolution {resolution}, or train with "
                 f"model.resolution={index.resolution}{larger}"
             )
         if num_channels not in (None, index.num_channels):
             raise UserError(
                 f"{where} is packed with {index.num_channels} channels and the model takes "
-                f"{num_channels}; pack it with --num-channels {num_channels}, or set "
+                f"{num_channels}; pack it with --num-channels {num_channels}, or train with "
                 f"model.num_channels={index.num_channels}"
             )
         self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed

@@ -271,7 +271,7 @@ def test_neighbours_are_read_together(index):
         ),
         (
             {"batch_size": 6, "resolution": 8},
-            "resolution 7 .* 8; pack it with --resolution 8, or set model.resolution=7$",
+            "resolution 7 .* 8; pack it with --resolution 8, or train with model.resolution=7$",
         ),
         ({"batch_size": 6, "resolution": 5}, "resolution 7 .* 5; .*data.random_crop=true"),
         (
@@ -283,7 +283,7 @@ def test_neighbours_are_read_together(index):
             "data.random_crop: .*7 pixels.*nothing to cut images of 8",
         ),
         ({"batch_size": 6, "random_crop": True}, "data.random_crop: "),
-        ({"batch_size": 6, "num_channels": 1}, "3 channels .* 1;"),
+        ({"batch_size": 6, "num_channels": 1}, "3 channels .* 1; .* or train with model.num_channels=3$"),
         ({"batch_size": 0}, "0"),
         ({"batch_size": 6, "world_size": 2, "rank": 2}, "rank 2"),
         ({"batch_size": 6, "seed": -1}, "seed -1"),
