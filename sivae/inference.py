@@ -34,7 +34,7 @@ CARD_FILE, CARD_HEAD = "README.md", "library_name: sivae"
 class Model:
     """Encoder and decoder in eval mode on `device`. Images go in as uint8 or as floats in `value_range`, [B, C, H, W].
 
-    A conditional model wants int64 `labels` [B]; what samples without them draws classes evenly. `weights` says which it has:
+    A conditional model wants int64 `labels` [B]; only `sample` does without them, and draws classes evenly. `weights` says which it has:
     the running "average", "plain" ones, or None where nobody knows.
     """
 
@@ -76,8 +76,6 @@ class Model:
             images = to_float(images, *self.value_range)
         elif not images.is_floating_point():
             raise UserError(f"images are {images.dtype}; give uint8, or floats from {self.value_range[0]:g} to 1")
-        if self.num_classes and labels is None:
-            raise UserError(f"this model is conditional on {self.num_classes} classes: give the images' labels")
         return self.encoder(images, self._labels(labels, len(images)), **self.stage)
 
     @torch.no_grad()
@@ -230,7 +228,7 @@ class Model:
         if not self.num_classes:
             return None
         if labels is None:
-            return torch.arange(count, device=self.device) % self.num_classes
+            raise UserError(f"this model is conditional on {self.num_classes} classes: give the images' labels")
         if labels.shape != (count,) or labels.dtype != torch.int64:
             raise UserError(
                 f"labels must be int64 of shape ({count},), not {labels.dtype} of shape {tuple(labels.shape)}"
@@ -418,6 +416,9 @@ def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = N
 
 
 def _model_card(model: Model) -> str:
+    given = ", labels" if model.num_classes else ""
+    imports = "import torch\n\n" if model.num_classes else ""
+    labels = f"labels = torch.arange(16) % {model.num_classes}\n" if model.num_classes else ""
     shape = " x ".join(map(str, model.sample_shape))
     facts = "\n".join(
         f"- {key}: `{json.dumps(value)}`"
@@ -432,12 +433,12 @@ tags: [soft-introvae, vae, image-generation]
 An introspective variational autoencoder: an encoder and a decoder for samples of shape {shape}, latent size {model.latent_dim}.
 
 ```python
-import sivae
+{imports}import sivae
 
 model = sivae.load("PATH_OR_URL_OF_THIS_FOLDER")
 images = model.sample(16)                  # [16, {", ".join(map(str, model.sample_shape))}], values about {list(model.value_range)}
-mu, logvar = model.encode(images)
-again = model.decode(mu)
+{labels}mu, logvar = model.encode(images{given})
+again = model.decode(mu{given})
 ```
 
 {facts}

@@ -161,6 +161,7 @@ def test_a_conditional_model_does_not_guess_the_class_of_a_given_image():
         lambda: conditional.encode(images(2)),
         lambda: conditional.reconstruct(images(2)),
         lambda: conditional.interpolate(images(2), images(2)),
+        lambda: conditional.decode(torch.zeros(2, 4)),
     ):
         with pytest.raises(UserError, match="labels"):
             work()
@@ -236,6 +237,18 @@ def test_an_exported_folder_says_what_it_is(tmp_path):
     assert json.loads((tmp_path / "sivae.json").read_text())["model"]["family"] == "conv"
     assert "1 x 16 x 16" in (tmp_path / "README.md").read_text()
     assert all(value.is_contiguous() for value in load_file(tmp_path / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_classes": 3}, {"family": "style"}], ids=str)
+def test_the_code_of_a_model_card_runs(tmp_path, fields):
+    model = model_of(**fields)
+    inference.export(model, str(tmp_path))
+    code = (tmp_path / "README.md").read_text().split("```")[1].removeprefix("python")
+    made = {}
+    exec(code.replace("PATH_OR_URL_OF_THIS_FOLDER", str(tmp_path)), made)
+    assert torch.equal(made["images"], model.sample(16))
+    labels = torch.arange(16) % 3 if model.num_classes else None  # those of `sample`
+    assert torch.equal(made["again"], model.reconstruct(made["images"], labels))
 
 
 def test_a_url_works_as_a_path_does():
