@@ -155,6 +155,13 @@ class Direction:
             )
 
 
+def check_examples(name: str, num_positives: int, num_negatives: int) -> None:
+    """Raises UserError where a direction cannot be found from so few."""
+    for count, which in ((num_positives, "with"), (num_negatives, "without")):
+        if count < MIN_EXAMPLES:
+            raise UserError(f"{name}: there are {count} examples {which} it; give {MIN_EXAMPLES} or more of each kind")
+
+
 class _Class:
     """Sums over the examples of one class, and the latents of those that are held out."""
 
@@ -205,11 +212,7 @@ class DirectionFit:
     def finish(self, name: str, weights_sha256: str) -> Direction:
         """Raises UserError when a class has too few examples, or both have the same mean."""
         positives, negatives = self.classes[True], self.classes[False]
-        for examples, which in ((positives, "with"), (negatives, "without")):
-            if examples.count < MIN_EXAMPLES:
-                raise UserError(
-                    f"{name}: there are {examples.count} examples {which} it; give {MIN_EXAMPLES} or more of each kind"
-                )
+        check_examples(name, positives.count, negatives.count)
         along = [torch.cat(examples.held_out).double() for examples in (positives, negatives)]
         if not all(values.isfinite().all() for values in (*along, positives.sum, negatives.sum)):
             raise UserError(f"{name}: some latents are not finite; is this a model whose training failed?")

@@ -138,19 +138,20 @@ def _find_direction(
     options: argparse.Namespace, model: inference.Model, stream: ImageStream | None, encoded: EncodedSet | None
 ) -> Direction:
     from sivae.encoded import latents_of
-    from sivae.latents import DirectionFit
+    from sivae.latents import DirectionFit, check_examples
 
     fit = DirectionFit(model.latent_dim)
     if options.label is None:
-        for source, positive in ((options.positives, True), (options.negatives, False)):
-            items = open_images(source, model)
+        name = f"{shown(options.positives)} against {shown(options.negatives)}"
+        opened = [(source, open_images(source, model)) for source in (options.positives, options.negatives)]
+        check_examples(name, *(len(items) for _, items in opened))
+        for (source, items), positive in zip(opened, (True, False)):
             with progress_bar(len(items), f"encoding {shown(source)}", " images") as bar:
                 for first in range(0, len(items), figures.BATCH):
                     numbers = range(first, min(first + figures.BATCH, len(items)))
                     mu, _ = model.encode(*take(items, numbers, model))
                     fit.add(mu.float().cpu(), torch.full((len(numbers),), positive))
                     bar.update(len(numbers))
-        name = f"{shown(options.positives)} against {shown(options.negatives)}"
     else:
         held = encoded or stream
         require(held.num_classes, f"--label: {held.where} has no labels; pack it with --labels")
@@ -158,9 +159,12 @@ def _find_direction(
             0 <= options.label < held.num_classes,
             f"--label: {options.label} is not in 0 .. {held.num_classes - 1}, the labels of {held.where}",
         )
+        name = f"label {options.label}"
+        if encoded is None:
+            num_positives = int((stream.index.label == options.label).sum())
+            check_examples(name, num_positives, len(stream) - num_positives)
         for part in latents_of(model, stream, encoded):
             fit.add(part.mu, part.label == options.label)
-        name = f"label {options.label}"
     return fit.finish(name, inference.weights_digest(model))
 
 

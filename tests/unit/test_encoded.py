@@ -418,6 +418,15 @@ def test_latents_that_cannot_be_written_are_not_made(here, capsys):
     assert error.startswith("sivae: error: file/latents/") and "cannot write" in error and "encoding" not in error
 
 
+@pytest.mark.parametrize(
+    "examples", [["--positives", "class0.npy", "--negatives", "few.npy"], ["--label", "1", "--data", "set", "--split", "test"]]
+)  # fmt: skip
+def test_too_few_examples_are_known_before_any_is_encoded(here, capsys, examples):
+    assert main([*FIND, *examples]) == 1
+    error = capsys.readouterr().err
+    assert "there are 3 examples with" in error and "encoding" not in error
+
+
 @pytest.mark.parametrize("option", ["output", "save"])
 def test_what_cannot_be_written_is_known_before_a_set_is_encoded(here, capsys, option):
     Path("file").write_text("")
