@@ -170,7 +170,7 @@ class Model:
 
     def interpolate(
         self, first: Tensor, second: Tensor, steps: int = 8, labels: Tensor | None = None,
-        second_labels: Tensor | None = None, *, spherical: bool = False,
+        second_labels: Tensor | None = None, *, spherical: bool = False, batch_size: int = 64,
     ) -> Tensor:  # fmt: skip
         """Images [B, steps, C, H, W] between the latent means of two batches of images: along the straight line, or `spherical`.
 
@@ -179,6 +179,7 @@ class Model:
         at the distance of its ends. So spherical suits draws of the prior and means as long as they are; between means that
         are short, as of a model that leaves many dimensions unused, both look the same. Of a conditional model the first half
         of a path has the first image's label, the rest the second's (None: the same): a class has nothing between it and another.
+        `batch_size` images are decoded at once.
         """
         second_labels = labels if second_labels is None else second_labels
         ends = self.encode(first, labels)[0], self.encode(second, second_labels)[0]
@@ -188,7 +189,9 @@ class Model:
         if labels is not None:
             is_first = torch.arange(steps) < (steps + 1) // 2
             labels = torch.where(is_first, labels.cpu()[:, None], second_labels.cpu()[:, None]).flatten()
-        return self.decode(path, labels).unflatten(0, (len(first), steps))
+        parts = path.split(batch_size)
+        own = [None] * len(parts) if labels is None else labels.split(batch_size)
+        return torch.cat(list(map(self.decode, parts, own))).unflatten(0, (len(first), steps))
 
     def translate(self, content: Tensor, class_: Tensor, batch_size: int = 64) -> Tensor:
         """The content of each image in `content` [N, C, H, W] with the class of each in `class_` [M, C, H, W]: [N, M, C, H, W].

@@ -182,6 +182,14 @@ def test_interpolation_keeps_the_class_along_the_way():
     assert torch.allclose(path[:, -1], conditional.reconstruct(b, others), atol=1e-5)
 
 
+def test_a_long_path_is_decoded_in_parts(model):
+    a, b, counts = images(2), images(2, seed=1), []
+    whole = model.interpolate(a, b, 40)
+    model.decoder.register_forward_hook(lambda decoder, latents, made: counts.append(len(made)))
+    parts = model.interpolate(a, b, 40, batch_size=32)
+    assert counts == [32, 32, 16] and torch.allclose(parts, whole, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 8, 8), (2, 1, 16, 8), (2, 16, 16), (2, 256)])
 def test_an_image_of_the_wrong_shape_is_refused(model, shape):
     with pytest.raises(UserError, match=r"do not fit this model, which takes \(1, 16, 16\)"):
