@@ -131,7 +131,9 @@ def load_model(options: argparse.Namespace) -> inference.Model:
         )
     model = inference.load(options.model, device=pick_device(options.device), weights=options.weights)
     for path in filter(None, paths.values()):
-        split_path(path)[0].try_writing()
+        folder, _ = split_path(path)
+        if not folder.is_web:  # which may take files and delete none
+            folder.try_writing()
 
     def check(decoder: torch.nn.Module, latents: tuple[Tensor, ...], made: Tensor) -> None:
         require(

@@ -158,6 +158,16 @@ def test_a_picture_in_no_folder_is_refused(models, here, capsys):
     assert Folder("memory://folder").read("s.png").startswith(b"\x89PNG")
 
 
+def test_a_picture_for_a_web_server_is_sent_there_alone(models, here, capsys, monkeypatch):
+    server = FileServer(here)  # which takes none
+    monkeypatch.setattr(Folder, "_pause", lambda self, attempt: None)
+    try:
+        told = failed(["sample", models["grey"], "--output", f"{server.url}/s.png"], capsys)
+    finally:
+        server.kill()
+    assert told.startswith(f"{server.url}/s.png: cannot write")
+
+
 def test_sample_of_one_class(models, here):
     assert main(["sample", models["conditional"], "--count", "4", "--label", "7"]) == 0
     model = sivae.load(models["conditional"])
