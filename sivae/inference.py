@@ -27,6 +27,7 @@ from sivae.objectives import reparameterize
 from sivae.randomness import fixed_latents
 from sivae.storage import Folder
 
+FORMAT = 1  # of an exported folder
 SETTINGS_FILE, WEIGHTS_FILE, TARGET_FILE = "sivae.json", "model.safetensors", "target_decoder.safetensors"
 CARD_FILE, CARD_HEAD = "README.md", "library_name: sivae"
 
@@ -353,6 +354,8 @@ def _load_exported(folder: Folder, device: str | torch.device) -> Model:
 
     try:
         settings = json.loads(folder.read(SETTINGS_FILE))
+        if settings["format"] != FORMAT:
+            raise ValueError(f"it is of the format {settings['format']!r}, and this version reads {FORMAT}")
         weights = folder.read(WEIGHTS_FILE)
         if hashlib.sha256(weights).hexdigest() != settings["sha256"]:
             raise ValueError(f"{WEIGHTS_FILE} does not match its checksum")
@@ -408,7 +411,7 @@ def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = N
     weights = save_tensors(tensors)
     folder.write(weights, WEIGHTS_FILE)
     settings = {
-        "format": 1,
+        "format": FORMAT,
         "version": __version__,
         "model": model.settings,
         "info": model.info,

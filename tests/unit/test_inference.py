@@ -426,6 +426,9 @@ SPOILED = {
     "settings of another kind": lambda folder: (folder / "sivae.json").write_text("[1]"),
     "settings without a model": lambda folder: (folder / "sivae.json").write_text("{}"),
     "settings that are no text": lambda folder: (folder / "sivae.json").write_bytes(b"\xff\x00"),
+    "a later format": lambda folder: (folder / "sivae.json").write_text(
+        (folder / "sivae.json").read_text().replace('"format": 1', '"format": 2')
+    ),
     "an unknown family": lambda folder: edit(folder, family="vit"),
     "an unknown setting": lambda folder: edit(folder, depth=3),
     "other widths": lambda folder: edit(folder, channels=[8, 8]),
