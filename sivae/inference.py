@@ -378,11 +378,18 @@ def _model_settings(tree: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def read_target(path: str, storage_options: dict[str, Any] | None = None) -> dict[str, Tensor]:
-    """The target decoder of an imported bootstrap model, or of an export of one; empty when there is none."""
+    """The target decoder of an imported bootstrap model, or of an export of one; empty when there is none.
+
+    Raises UserError for a damaged one.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load as load_tensors
 
     folder = Folder(path, storage_options)
-    return load_tensors(folder.read(TARGET_FILE)) if folder.exists(TARGET_FILE) else {}
+    try:
+        return load_tensors(folder.read(TARGET_FILE)) if folder.exists(TARGET_FILE) else {}
+    except SafetensorError as error:
+        raise UserError(f"{shown(folder.url)}/{TARGET_FILE}: is damaged ({error}); import the model again") from None
 
 
 def export(model: Model, dest: str, target_decoder: dict[str, Tensor] | None = None) -> None:

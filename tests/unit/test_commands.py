@@ -337,6 +337,9 @@ def test_an_export_has_the_target_decoder_of_its_own_model_alone(models, here):
     assert main(["export", "ours", "copy"]) == 0
     there, here_too = inference.read_target("ours"), inference.read_target("copy")
     assert there and all(torch.equal(here_too[name], value) for name, value in there.items())
+    Path("ours/target_decoder.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="ours/target_decoder.safetensors: is damaged"):
+        inference.read_target("ours")
     assert main(["export", models["grey"], "copy"]) == 0
     assert inference.read_target("copy") == {}
 
