@@ -73,9 +73,17 @@ class Toy2dObjectives(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        for name, objective in (("intro_vae", self.intro_vae), ("soft_intro_vae", self.soft_intro_vae)):
-            if objective.style_mixing or objective.augment:
+        for name, objective in (
+            ("vae", self.vae),
+            ("intro_vae", self.intro_vae),
+            ("soft_intro_vae", self.soft_intro_vae),
+        ):
+            if getattr(objective, "style_mixing", 0) or objective.augment:
                 raise ValueError(f"{name}: points have no style_mixing and no augment; remove them")
+            if objective.reconstruction == "bce":
+                raise ValueError(
+                    f"{name}.reconstruction: bce needs values in [0, 1], which points have not; set mse or l1"
+                )
         if self.soft_intro_vae.gamma_r:
             raise ValueError("soft_intro_vae.gamma_r: must be 0; the published 1e-8 is the same to rounding")
         return self
@@ -124,11 +132,11 @@ def train(settings: Toy2dConfig, description: str = "train") -> list[dict[str, A
     of each seed, in their order; see `judge`. Raises Stopped on a signal, UserError on what a user can mend."""
     folder = Folder(settings.run.directory)
     require_matplotlib("the pictures of densities")
-    networks = train_networks(settings, folder, description)
+    networks, images_seen = train_networks(settings, folder, description)
     density, found = DENSITIES[settings.density], []
     with progress_bar(len(networks), "judge", " models") as bar:
         for seed, model in zip(settings.run.seeds, networks):
-            known = {"seed": seed, "images_seen": settings.schedule.total_images}
+            known = {"seed": seed, "images_seen": images_seen}
             found.append({**known, **judge(model, density, seed)})
             inference.export(model, f"{folder.url}/models/{seed}")
             bar.update()
@@ -138,8 +146,8 @@ def train(settings: Toy2dConfig, description: str = "train") -> list[dict[str, A
     return found
 
 
-def train_networks(settings: Toy2dConfig, folder: Folder, description: str) -> list[inference.Model]:
-    """One trained model for each seed, in eval mode on the run's device."""
+def train_networks(settings: Toy2dConfig, folder: Folder, description: str) -> tuple[list[inference.Model], int]:
+    """One trained model for each seed, in eval mode on the run's device, and the images that each has seen."""
     seeds, rates, device = settings.run.seeds, settings.schedule, pick_device(settings.run.device)
     fields = settings.model.model_dump()
     stack = StackedModels(
@@ -167,7 +175,7 @@ def train_networks(settings: Toy2dConfig, folder: Folder, description: str) -> l
                 _save(stack, seeds, images_seen, folder)
             if stop.requested and not last:
                 raise Stopped(f"stopped at {images_seen:,} images; run the same command to go on")
-    return _models(stack, settings, device)
+    return _models(stack, settings, device), images_seen
 
 
 def step_draws(
@@ -189,7 +197,7 @@ def normals(generators: list[torch.Generator], size: int, latent_dim: int, devic
 def judge(model: inference.Model, density: Density, seed: int) -> dict[str, Any]:
     """Figures of one model.
 
-    finite: whether all weights and samples are; without it the others are None. kl, jsd, gnelbo: as published.
+    finite: whether all samples and ELBOs are; without it the others are None. kl, jsd, gnelbo: as published.
     histogram_kl, histogram_jsd: the textbook's. modes, on_mode: covered ones and share of points, where there are modes.
     """
     generator = randomness.generator(seed, 0, judging=True)
@@ -199,7 +207,7 @@ def judge(model: inference.Model, density: Density, seed: int) -> dict[str, Any]
     grid = negative_elbo(model, torch.cartesian_prod(axis, axis))
     points = negative_elbo(model, density.sample(NUM_ELBO_POINTS, generator))
     inside = (np.abs(fake[:NUM_POINTS]) <= density.limit).all(1).any()
-    finite = bool(np.isfinite(fake).all() and grid.isfinite().all() and inside)
+    finite = bool(np.isfinite(fake).all() and torch.cat([grid, points]).isfinite().all() and inside)
     names = ["kl", "jsd", "gnelbo", "histogram_kl", "histogram_jsd"]
     figures: dict[str, Any] = {"finite": finite} | dict.fromkeys(names)
     if density.centers is not None:

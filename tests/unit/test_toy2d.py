@@ -172,6 +172,12 @@ def test_a_run_leaves_models_figures_and_a_picture(tmp_path):
     assert again == found
 
 
+def test_figures_say_how_many_images_the_models_have_seen(tmp_path):
+    """Whole steps of 64; and a shorter run in the same directory does not undo the longer one."""
+    assert toy2d.train(settings(tmp_path, "schedule.total_images=200"))[0]["images_seen"] == 256
+    assert toy2d.train(settings(tmp_path, "schedule.total_images=64"))[0]["images_seen"] == 256
+
+
 def test_the_models_are_those_of_the_pure_objectives(tmp_path):
     """The whole run by hand: plain networks and Adam, the warm-up, the milestones, the draws."""
     toy2d.train(settings(tmp_path))
@@ -265,6 +271,11 @@ def test_the_command(tmp_path, capsys):
         ("objectives.soft_intro_vae.gamma_r=1.0", "objectives.soft_intro_vae.gamma_r: must be 0"),
         ("objectives.vae.margin=1.0", "objectives.vae.margin: unknown setting"),
         ("objectives.intro_vae.style_mixing=0.5", "objectives.intro_vae: points have no style_mixing"),
+        ("objectives.vae.augment=[cutout]", "objectives.vae: points have no style_mixing and no augment"),
+        (
+            "objectives.soft_intro_vae.reconstruction=bce",
+            "objectives.soft_intro_vae.reconstruction: bce needs values in",
+        ),
         ("model.sample_shape=[3]", "model: points in the plane need sample_shape=[2]"),
         ("data.url=digits:", "data: unknown setting"),
     ],
