@@ -84,6 +84,9 @@ class LearningRateSchedule(Section):
             raise ValueError(
                 f"milestones_images: kind `{self.kind}` does not use them; remove them or set kind `milestones`"
             )
+        for name, kind in (("gamma", "milestones"), ("hold_images", "cosine"), ("final_fraction", "cosine")):
+            if self.kind != kind and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: kind `{self.kind}` does not use it; remove it or set kind `{kind}`")
         if any(a >= b for a, b in zip(self.milestones_images, self.milestones_images[1:])):
             raise ValueError(f"milestones_images: {self.milestones_images} must rise")
         return self
@@ -301,6 +304,8 @@ class Config(Section):
             if getattr(self.model, "norm", None) == "batch":
                 # and its running statistics would be averaged twice
                 raise ValueError("engine.recompute_from_pixels: does not go with model.norm=batch; take another norm")
+        if self.engine.channels_last and self.model.family != "conv":
+            raise ValueError(f"engine.channels_last: only the conv family can, not {self.model.family}; remove it")
         if self.engine.shared_forward and (why := self._never_shares_forward()):
             raise ValueError(f"engine.shared_forward: {why}; remove it")
         if self.schedule.levels:

@@ -73,7 +73,7 @@ def test_the_published_style_recipes_have_the_published_numbers(name):
         512,
         8,
     )
-    assert settings.schedule.total_images == 300 * size
+    assert settings.schedule.total_images == 300 * size and settings.data.flip
     assert [level.resolution for level in levels] == [4 * 2**i for i in range(len(rates))]
     assert [level.images for level in levels] == [epochs * size] * (len(levels) - 1) + [None]
     assert [level.fade_images for level in levels] == [0] + [epochs // 2 * size] * (len(levels) - 1)
@@ -171,6 +171,12 @@ WRONG = [
         ["decoder_optimizer.schedule.milestones_images=[5]"],
         "decoder_optimizer.schedule.milestones_images: ", "set kind `milestones`",
     ),
+    (["encoder_optimizer.schedule.final_fraction=0.1"], "encoder_optimizer.schedule.final_fraction: ", "set kind `cosine`"),
+    (["encoder_optimizer.schedule={kind: cosine, gamma: 0.5}"], "encoder_optimizer.schedule.gamma: ", "set kind `milestones`"),
+    (
+        ["encoder_optimizer.schedule={kind: milestones, milestones_images: [5], hold_images: 9}"],
+        "encoder_optimizer.schedule.hold_images: ", "kind `milestones` does not use it",
+    ),
     (
         ["encoder_optimizer.schedule={kind: milestones, milestones_images: [5, 3]}"],
         "encoder_optimizer.schedule.milestones_images: ", "[5, 3] must rise",
@@ -204,6 +210,16 @@ def test_a_style_model_has_no_values_for_bce():
     tree["objective"] = {"name": "vae", "reconstruction": "bce"}
     with pytest.raises(ConfigError, match=r"^objective\.reconstruction: .* in \[-1, 1\]; set mse"):
         config.parse(tree)
+
+
+def test_channels_last_is_of_the_conv_family(base):
+    assert config.load(base, ["engine.channels_last=true"]).engine.channels_last
+    tree = yaml.safe_load(BASE) | {"model": {"family": "mlp", "sample_shape": [1, 16, 16]}}
+    tree["engine"] = {"channels_last": True}
+    with pytest.raises(ConfigError, match="^engine.channels_last: only the conv family can, not mlp"):
+        config.parse(tree)
+    tree["engine"] = {"channels_last": False}
+    config.parse(tree)
 
 
 @pytest.mark.parametrize("shape, part", [([1, 16, 8], "square"), ([2], "is no image"), ([0], "below 1")])
