@@ -14,7 +14,7 @@ from sivae.errors import UserError
 from sivae.metrics import kid, precision_recall
 from sivae.metrics.reconstruction import MIN_PIXELS
 
-INCEPTION = "inception"
+INCEPTION, INCEPTION_DIM = "inception", 2048
 OF_FEATURES = ("frechet", "kernel", "precision", "recall", "density", "coverage")
 OF_RECONSTRUCTIONS = ("mse", "psnr", "ssim", "ms_ssim", "lpips")
 OWN_NAMES = {"fid": "frechet", "kid": "kernel"}  # of Inception's features alone
@@ -46,7 +46,7 @@ class Figure:
         if self.detector is None:
             return
         if self.kind == "frechet":
-            dim = dim or 1
+            dim = dim or (INCEPTION_DIM if self.detector == INCEPTION else 1)
             least, why = dim + 1, f"more images than the {dim:,} features whose covariance it takes"
         elif self.kind == "kernel":
             least, why = kid.SUBSET_SIZE, f"subsets of {kid.SUBSET_SIZE:,} images"

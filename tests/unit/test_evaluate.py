@@ -308,6 +308,7 @@ def test_an_lpips_must_give_a_distance_for_each_pair(data, tmp_path):
         (["--metrics", "fidd"], "did you mean fid"),
         (["--metrics", "frechet_pixels", "--num-fakes", "64"], "frechet_pixels: needs more images than the 64 features"),
         (["--metrics", "frechet_pixels", "--num-reals", "64"], "there are 64 real ones"),
+        (["--metrics", "fid"], "fid: needs more images than the 2,048 features"),  # and fetches nothing
         (["--metrics", "frechet_pixels", "--num-reals", "1101"], "has 1,100"),
         (["--metrics", "kernel_pixels", "--num-fakes", "999"], "subsets of 1,000 images"),
         (["--metrics", "precision_pixels", "--num-fakes", "3"], "3 neighbours"),
@@ -324,6 +325,7 @@ def test_an_lpips_must_give_a_distance_for_each_pair(data, tmp_path):
         (["--metrics", "mse", "--protocol", "published", "--weights", "plain"], "averaged weights"),
         (["--metrics", "mse", "--batch-size", "0"], "batch_size: 0"),
         (["--metrics", "mse", "--truncation-layers", "-1"], "truncation_layers: -1 is negative"),
+        (["--metrics", "frechet_pixels", "--truncation-layers", "2"], "truncation_layers: without a truncation"),
         (["--metrics", "mse", "--truncation", "nan"], "truncation: nan is not a number"),
         (["--metrics", "mse", "--seed", "-1"], "--seed: -1 is negative"),
     ],
