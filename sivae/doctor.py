@@ -23,7 +23,7 @@ OPTIONAL = {
     "av": "decodes KTH's videos: pip install 'sivae[video]'",
     "s3fs": "for s3:// URLs: pip install 'sivae[s3]'",
     "gcsfs": "for gs:// URLs: pip install 'sivae[gcs]'",
-    "matplotlib": "for the histograms of sivae ood: pip install 'sivae[pictures]'",
+    "matplotlib": "for the pictures of sivae ood and toy2d: pip install 'sivae[pictures]'",
     "ray": "for the cluster launchers: pip install 'sivae[cluster]'",
 }
 

@@ -225,6 +225,8 @@ class Trainer:
                 )
             elif blend < 1:
                 self.tracker.note(f"the run ends while its last level still fades in{judged}")
+            if (vae_images := getattr(self.settings.objective, "vae_images", 0)) >= total:
+                self.tracker.note(f"the run ends as a plain VAE, for objective.vae_images is {vae_images:,}")
 
     # A step
 

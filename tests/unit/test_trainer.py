@@ -332,6 +332,13 @@ def test_a_level_multiplies_beta_neg(run):
     assert factor == larger and factor != smaller
 
 
+@pytest.mark.parametrize("vae_images, told", [(32, True), (16, False), (0, False)])
+def test_a_run_that_stays_a_vae_says_so(run, capfd, vae_images, told):
+    _, _, lines = run("schedule.total_images=32", f"objective.vae_images={vae_images}", "tracking.log_images=1")
+    notes = [line for line in capfd.readouterr().err.splitlines() if "the run ends as a plain VAE" in line]
+    assert len(notes) == told == ("terms/exp_elbo_fake" not in lines[-1])
+
+
 @pytest.mark.parametrize(
     "total, told",
     [
