@@ -133,7 +133,8 @@ class Vae:
 
 @dataclass(frozen=True)
 class IntroVae(Vae):
-    """IntroVAE: a hinge on the batch means of the KL of reconstructions and fakes.
+    """IntroVAE: a hinge on the batch means of the KL of reconstructions and fakes: of the images that a rank takes at once, as
+    published. So while the hinge is on for some of them, ranks and accumulation passes change more than rounding.
 
     The published code adds the reconstruction's gradient to the decoder's by not clearing it between the phases;
     here it stands in the decoder's loss, at the z of the encoder phase.

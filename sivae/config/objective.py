@@ -44,7 +44,8 @@ class _Introspective(_Objective):
 class IntroVaeObjective(_Introspective):
     name: Literal["intro_vae"] = "intro_vae"
     margin: float = Field(100.0, ge=0)
-    """The hinge's margin m: the encoder pushes the KL of generated images up to it."""
+    """The hinge's margin m: the encoder pushes the KL of generated images up to it, in the mean over the images that a rank takes
+    at once."""
     beta_neg: float = Field(1.0, ge=0)
     """Weight of the hinge (`weight_neg` in the published code, alpha in the paper)."""
 

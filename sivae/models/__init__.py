@@ -1,4 +1,5 @@
-"""The model families. A family is one file, one settings class, one line here, one YAML, one parity test."""
+"""The model families. A family is one file, one settings class in `sivae.config.model`, a line in both tables here, one YAML,
+one parity test."""
 
 from typing import NamedTuple
 
