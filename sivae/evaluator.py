@@ -10,6 +10,8 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +20,23 @@ from torch import Tensor
 from sivae import checkpoint, inference, real_statistics, schedule
 from sivae.background import Background
 from sivae.config import Config
+from sivae.config.run import EvaluateSettings
 from sivae.data import open_stream
 from sivae.distributed import Group
 from sivae.errors import UserError, shown
 from sivae.evaluate import Evaluation, Protocol, departures, write
 from sivae.storage import Folder
+
+
+@contextmanager
+def _full_paths() -> Iterator[None]:
+    """What is wrong with a setting has its full path, which `sivae evaluate` has not."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).partition(":")[0] not in EvaluateSettings.model_fields:
+            raise
+        raise UserError(f"evaluate.{error}", shared=error.shared) from None
 
 
 class Evaluator:
@@ -58,11 +72,12 @@ class Evaluator:
             fields = ("num_fakes", "num_reals", "batch_size", "truncation", "truncation_layers", "mode")
             protocol = Protocol(names, **{field: getattr(evaluate, field) for field in fields})
         protocol = replace(protocol, seed=evaluate.seed)
-        self.evaluation = Evaluation(
-            stream, protocol, group, detectors=evaluate.detectors, lpips=evaluate.lpips,
-            statistics=real_statistics.default_folder(data.cache_dir), cache_dir=data.cache_dir, progress=False,
-        )  # fmt: skip
-        group.together(lambda: self.evaluation.check(model.model_dump()))
+        with _full_paths():
+            self.evaluation = Evaluation(
+                stream, protocol, group, detectors=evaluate.detectors, lpips=evaluate.lpips,
+                statistics=real_statistics.default_folder(data.cache_dir), cache_dir=data.cache_dir, progress=False,
+            )  # fmt: skip
+            group.together(lambda: self.evaluation.check(model.model_dump()))
         self.decides = self.evaluation.figures[0]
         described = json.dumps(self.evaluation.describe((self.decides,)), sort_keys=True)
         self.protocol = hashlib.sha256(described.encode()).hexdigest()[:16]

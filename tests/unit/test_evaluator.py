@@ -190,16 +190,16 @@ def test_an_image_that_cannot_be_read_costs_a_judgement_and_not_the_run(train, m
 @pytest.mark.parametrize(
     "override, sentence",
     [
-        ("evaluate.metrics=[banana]", "metrics: 'banana' is unknown"),
+        ("evaluate.metrics=[banana]", "^evaluate.metrics: 'banana' is unknown"),
         ("evaluate.metrics=[ms_ssim]", "needs images of at least 176 pixels"),
         ("evaluate.split=test", "there is no split 'test'"),
-        ("evaluate.num_reals=5000", "has 1,797"),
+        ("evaluate.num_reals=5000", "^evaluate.num_reals: 5,000 .* has 1,797"),
         (
             "evaluate={every_images: 32, protocol: published, split: all}",
             "the published protocol takes the training images",
         ),
-        ("evaluate.mode=train", "mode: train is for models with BatchNorm"),
-        ("evaluate.truncation=0.7", "truncation: only the style family has it, not conv"),
+        ("evaluate.mode=train", "^evaluate.mode: train is for models with BatchNorm"),
+        ("evaluate.truncation=0.7", "^evaluate.truncation: only the style family has it, not conv"),
     ],
 )
 def test_what_cannot_be_judged_is_said_before_training(train, override, sentence):
