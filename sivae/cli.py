@@ -127,7 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     index.add_argument("--output", metavar="FOLDER", help="where to put the index, when not beside the shards")
     index.add_argument("--crc", action="store_true", help="read every byte and record checksums, not the headers alone")
-    index.add_argument("--split", default="train", metavar="NAME", help="what to call this part of the data")
+    index.add_argument(
+        "--split", default="train", metavar="NAME", help="what to call this part of the data (default train)"
+    )
     index.add_argument("--licence", default="", help="licence and attribution, recorded in the index")
 
     sample = add("sample", "Draw images from the prior.")
@@ -214,7 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", "Judge a model by figures, beside real images; alone or under torchrun.")
     add_model(evaluate)
     evaluate.add_argument("--data", required=True, metavar="URL", help="packed set of real images, or digits:")
-    evaluate.add_argument("--split", default="train", help="which part of the set")
+    evaluate.add_argument("--split", default="train", help="which part of the set (default train)")
     evaluate.add_argument(
         "--metrics", required=True, metavar="NAMES",
         help="with commas between: fid, kid; frechet_D, kernel_D, precision_D, recall_D, density_D, coverage_D for a detector D "

@@ -40,6 +40,11 @@ def load(path: str, overrides: Iterable[str] = (), schema: type[Settings] = Conf
         raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from None
     if not OmegaConf.is_dict(tree) or not any(section in tree for section in schema.model_fields):
         raise ConfigError(f"{path}: holds no settings; see configs/digits.yaml for an example")
+    for section, command in (("data", "train"), ("density", "toy2d")):
+        if section in tree and section not in schema.model_fields:
+            raise ConfigError(
+                f"{path}: is for `sivae {command}`, as it has `{section}`; give that command, or another file"
+            )
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"{override}: an override is written key.path=value, for example schedule.batch_size=64")

@@ -287,6 +287,15 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path, capsys, override, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_for_the_other_command_is_told(capsys):
+    for command, path, other in (
+        ("toy2d", ROOT / "configs" / "digits.yaml", "train"),
+        ("train", CONFIGS / "rings.yaml", "toy2d"),
+    ):
+        assert main([command, str(path)]) == EXIT_ERROR
+        assert f"{path}: is for `sivae {other}`" in capsys.readouterr().err
+
+
 def test_a_directory_of_another_run_is_refused(tmp_path):
     folder = tmp_path / "run"
     toy2d.train(settings(folder))
