@@ -23,7 +23,8 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 # torch first and alone: without it in place pip would fetch the newest build with gigabytes of CUDA libraries.
-# setuptools and wheel are for deepspeed, which builds from source; DS_BUILD_OPS=0 compiles nothing.
+# setuptools and wheel are for deepspeed, which builds from source; DS_BUILD_OPS=0 compiles nothing. It asks for nvcc all the same
+# where torch sees a GPU, or to fill an empty TORCH_CUDA_ARCH_LIST, and fails without: so it is told of a CPU, and of any GPU.
 .venv/ready: setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"sivae needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
@@ -31,7 +32,7 @@ lint: .venv/ready
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel ninja packaging
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt deepspeed
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/pip install --quiet --no-build-isolation -c constraints.txt deepspeed
 	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
