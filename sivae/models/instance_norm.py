@@ -42,7 +42,8 @@ class _InstanceNorm(torch.autograd.Function):
             y, mean, rstd = torch.native_batch_norm(
                 _one_image(x), scale.flatten(), shift.flatten(), None, None, True, 0.0, eps
             )
-            y, mean, rstd = y.view(x.shape), mean.view(scale.shape), rstd.view(scale.shape)
+            # No view of what is known only here: of one that a Function returns, autograd refuses any change in place.
+            y, mean, rstd = torch.ops.aten._unsafe_view(y, x.shape), mean.view(scale.shape), rstd.view(scale.shape)
         else:
             rstd = (variance + eps).rsqrt()
             y = torch.addcmul(_maps(shift), x - _maps(mean), _maps(rstd * scale)).to(x.dtype)

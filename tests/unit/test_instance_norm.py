@@ -82,6 +82,14 @@ def test_without_a_style(way, x):
     assert torch.allclose(together, sum(parts), atol=1e-6)
 
 
+def test_what_it_returns_may_be_changed_in_place(way, x, style):
+    """As the layers behind it do. Autograd refuses that of a view that a Function made."""
+    inputs = x.requires_grad_(), style
+    for found in of_both(*inputs, 1e-5), instance_norm(x, 1e-5):
+        changed = F.leaky_relu(found[0], 0.2)
+        assert torch.equal(F.leaky_relu(found[0], 0.2, inplace=True), changed)
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_gradients(way, x, style, index):
     inputs = x[:1, :2, :3, :3].double().requires_grad_(), style[:1, :4].double().requires_grad_()
