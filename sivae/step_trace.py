@@ -33,7 +33,9 @@ from sivae.state import build_graphs, build_networks, build_objectives
 from sivae.step import FiniteGate, Pass, train_step
 
 # What autocast on a GPU computes in float32 and on a CPU does not, of what the networks and losses call.
-_FLOAT32_ON_GPUS = {"group_norm", "layer_norm", "exp", "rsqrt", "log", "pow", "prod", "sum", "norm"}
+_FLOAT32_ON_GPUS = {
+    "group_norm", "layer_norm", "exp", "rsqrt", "log", "pow", "square", "prod", "sum", "norm", "interpolate",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

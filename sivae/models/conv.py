@@ -124,6 +124,12 @@ def append_labels(features: Tensor, labels: Tensor | None, num_classes: int) -> 
     return torch.cat([features, F.one_hot(labels, num_classes).to(features.dtype)], dim=1)
 
 
+def enlarge(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, C, 2 H, 2 W] of x's type, every pixel four times. A GPU's autocast would give float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
 class ConvEncoder(nn.Module):
     memory_format = torch.contiguous_format  # of the activations
 
@@ -174,6 +180,6 @@ class ConvDecoder(nn.Module):
         x = F.relu(self.stem(append_labels(z, labels, self.num_classes)))
         x = x.unflatten(1, (-1, self.size, self.size)).contiguous(memory_format=self.memory_format)
         for block in self.blocks[:-1]:
-            x = F.interpolate(recompute.call(block, x), scale_factor=2, mode="nearest")
+            x = enlarge(recompute.call(block, x))
         x = self.head(recompute.call(self.blocks[-1], x))
         return x.sigmoid() if self.sigmoid else x

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sivae.models import recompute
-from sivae.models.conv import append_labels
+from sivae.models.conv import append_labels, enlarge
 from sivae.models.instance_norm import adaptive_instance_norm, instance_norm
 
 SLOPE = 0.2  # of every leaky ReLU, as published
@@ -191,7 +191,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, style1: Tensor, style2: Tensor, noise: str) -> Tensor:
         if self.level:
-            x = x if self.fused else F.interpolate(x, scale_factor=2, mode="nearest")
+            x = x if self.fused else enlarge(x)
             x = blur(self.conv1(x))
         else:
             x = x.clone()  # the constant, one for all images
@@ -338,7 +338,7 @@ class StyleDecoder(nn.Module):
         x, below = self.constant.expand(len(z), -1, -1, -1), None
         for block in self.blocks[: level + 1]:
             if level and block.level == level and blend != 1:
-                below = F.interpolate(self.to_rgb[level - 1](x), scale_factor=2, mode="nearest")
+                below = enlarge(self.to_rgb[level - 1](x))
             x = recompute.call(block, x, styles[:, 2 * block.level], styles[:, 2 * block.level + 1], noise)
         x = self.to_rgb[level](x)
         return x if below is None else torch.lerp(below, x, blend)

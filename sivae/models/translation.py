@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sivae.models import recompute
-from sivae.models.conv import SLOPE, make_blocks, make_norm
+from sivae.models.conv import SLOPE, enlarge, make_blocks, make_norm
 from sivae.models.instance_norm import adaptive_instance_norm
 
 
@@ -119,6 +119,6 @@ class TranslationDecoder(nn.Module):
         style = self.mapping(z_class)
         x = F.relu(self.stem(z_content)).unflatten(1, (-1, self.size, self.size))
         for block in self.blocks[:-1]:
-            x = F.interpolate(recompute.call(block, x, style), scale_factor=2, mode="nearest")
+            x = enlarge(recompute.call(block, x, style))
         x = self.head(recompute.call(self.blocks[-1], x, style))
         return x.sigmoid() if self.sigmoid else x

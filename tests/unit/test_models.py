@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from sivae import models
 from sivae.config import parse_model
 from sivae.models.conv import GroupNorm, PixelNorm, ResidualBlock
+from sivae.step_trace import _GpuAutocast
 
 NORMS = ("batch", "group", "layer", "pixel", "none")
 
@@ -300,3 +301,18 @@ def test_channels_last_changes_rounding_alone(norm):
         found.append([image, mu, *(p.grad for network in (encoder, decoder) for p in network.parameters())])
     for expected, ours in zip(*found):
         assert (ours - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "family, stage", [("conv", {}), ("style", {}), ("style", {"level": 1, "blend": 0.5}), ("translation", {})]
+)
+def test_under_a_gpus_autocast_blocks_give_bfloat16(family, stage):
+    """Where one gives float32, its activations take twice the memory, and fading in refuses to mix both."""
+    found = []
+    encoder, decoder = small(family)
+    for block in [*encoder.blocks, *decoder.blocks]:
+        block.register_forward_hook(lambda block, inputs, y: found.append(y[0] if type(y) is tuple else y))
+    with torch.autocast("cpu", torch.bfloat16), _GpuAutocast():
+        encoder(images(2, resolution=4 << stage.get("level", 2)), **stage)
+        decoder(latents(2), **stage)
+    assert {value.dtype for value in found} == {torch.bfloat16}
