@@ -85,7 +85,7 @@ def work(batch_size: int, output: str) -> None:
             networks = trainer.state.encoder.network, trainer.state.decoder.network
             sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
             found = {
-                "wall": profile.wall_sec, "cpu": group.mean(torch.tensor(profile.host_sec)).item(), "spans": {name or "other": value for name, value in spans.items()},
+                "wall": profile.wall_sec, "cpu": group.mean(torch.tensor(profile.host_sec, device=group.device)).item(), "spans": {name or "other": value for name, value in spans.items()},
                 "collectives": profile.communication_sec() / 2, "alone": sum(_all_reduce_sec(n, group) for n in sizes),
                 "bytes": 4 * sum(sizes),
             }  # fmt: skip

@@ -363,8 +363,10 @@ def _import_deepspeed(device: torch.device) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(level)
-    # The shared-memory all-reduce for CPUs is compiled on first use; a killed build leaves a lock that hangs later runs.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        # The shared-memory all-reduce for CPUs is compiled on first use; a killed build leaves a lock that hangs later runs.
+        # Where there are GPUs this list, which nobody reads there, would print a warning for each kernel that needs nvcc.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(verbose=False)
     return deepspeed

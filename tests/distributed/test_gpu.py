@@ -11,6 +11,7 @@ import torch
 from sivae import config, trainer
 from tests.processes import run_sivae
 from tests.unit.test_instance_norm import of_both
+from tests.unit.test_models import images, latents, small
 
 pytestmark = pytest.mark.gpu
 
@@ -89,3 +90,17 @@ def test_instance_norm_is_that_of_the_cpu(dtype, tolerance):
         found[device] = [value.float().cpu() for value in (*outputs, *gradients)]
     for value, expected in zip(found["cuda"], found["cpu"]):
         assert (value - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "family, stage", [("conv", {}), ("style", {}), ("style", {"level": 1, "blend": 0.5}), ("translation", {})]
+)
+def test_every_family_has_gradients_in_bfloat16(family, stage):
+    encoder, decoder = (network.cuda() for network in small(family))
+    with torch.autocast("cuda", torch.bfloat16):
+        mu, logvar = encoder(images(2, resolution=4 << stage.get("level", 2)).cuda(), **stage)
+        made = decoder(latents(2).cuda(), **stage)
+    (mu.float().sum() + logvar.float().sum() + made.float().square().sum()).backward()
+    for network in (encoder, decoder):
+        found = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+        assert found and all(gradient.isfinite().all() for gradient in found)

@@ -383,14 +383,17 @@ def test_doctor_says_which_precision_is_faster(capsys, monkeypatch, bfloat16, pa
 
 
 class SlowInBfloat16(TorchDispatchMode):
-    """Every product of bfloat16 takes a twentieth of a second longer."""
+    """Every product of bfloat16 takes a twentieth of a second longer, and the first of float32 a fifth."""
 
-    num_slow = 0
+    num_slow = num_float32 = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.mm.default and args[0].dtype == torch.bfloat16:
             time.sleep(0.05)
             self.num_slow += 1
+        elif func is torch.ops.aten.mm.default:
+            time.sleep(0 if self.num_float32 else 0.2)
+            self.num_float32 += 1
         return func(*args, **(kwargs or {}))
 
 
