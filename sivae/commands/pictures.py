@@ -50,10 +50,6 @@ def sample(options: argparse.Namespace) -> None:
             options.truncation_sweep >= 2,
             f"--truncation-sweep: {options.truncation_sweep} is too few, both ends make 2",
         )
-        require(
-            options.truncation == 1 and options.folder is None,
-            "--truncation-sweep: takes no --truncation and no --folder; leave them out",
-        )
         write_figure(
             options.output,
             figures.truncation_sweep(model, count, options.seed, options.truncation_sweep, options.label),

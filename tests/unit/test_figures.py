@@ -282,7 +282,7 @@ def test_figures_of_training_stay_small():
         (["stylemix", "style", "--label", "1"], "--label: this model is not conditional on classes"),
         (["stylemix", "classes", "--rows", "real.npy"], "--label: this model is conditional on classes"),
         (["sample", "conv", "--truncation-sweep", "3"], "truncation: this is a model of the conv family"),
-        (["sample", "style", "--truncation-sweep", "3", "--folder", "f"], "--truncation-sweep: takes no --truncation and no --folder"),
+        (["sample", "style", "--truncation-sweep", "3", "--folder", "f"], "--folder: goes without --truncation-sweep"),
         (["sample", "style", "--truncation-sweep", "1"], "--truncation-sweep: 1 is too few, both ends make 2"),
         (["reconstruct", "mlp", "real.npy", "--levels"], "layers of styles: this is a model of the mlp family"),
         (["traverse", "conv", "real.npy", "--dims", "0"], "--dims: 0 is too few, give 1 or more"),
