@@ -175,6 +175,7 @@ class Evaluation:
         return described
 
     @torch.no_grad()
+    @features.exact_float32()  # as a training that is judged may have set it otherwise than a command
     def run(self, model: Model) -> dict[str, float]:
         """The figures by name; a kernel distance also with its deviation over the subsets, as NAME_deviation.
 

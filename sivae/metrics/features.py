@@ -64,7 +64,7 @@ class Detector:
         if self.name == "dinov2":
             images = _normalised(images)
         extra = {"return_features": True} if self.return_features else {}
-        with torch.no_grad(), _exact_float32():
+        with torch.no_grad(), exact_float32():
             features = self.network(images, **extra)
         if self.dim and features.shape != (len(images), self.dim):
             raise UserError(
@@ -83,7 +83,7 @@ class Lpips:
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
         """Of two batches [B, C, H, W] with values in [0, 1]: [B]."""
         pair = (images.expand(-1, 3, -1, -1) * 2 - 1 for images in (first, second))
-        with torch.no_grad(), _exact_float32():
+        with torch.no_grad(), exact_float32():
             found = self.network(*pair)
         if found.numel() != len(first):
             raise UserError(
@@ -219,7 +219,7 @@ def _normalised(images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _exact_float32() -> Iterator[None]:
+def exact_float32() -> Iterator[None]:
     """Without TensorFloat-32, whose rounding would be seen in the figures."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

@@ -95,6 +95,21 @@ def test_the_figures_are_those_of_their_parts(data, monkeypatch):
     assert figures == pytest.approx(expected, rel=2e-4, abs=1e-5) and list(figures)[: len(ALL)] == list(ALL)
 
 
+def test_networks_compute_in_float32_whatever_training_has_set(data):
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    model, seen = make_model(), set()
+    model.decoder.register_forward_hook(lambda *_: seen.update(switch.allow_tf32 for switch in switches))
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        judge(data, Protocol(("frechet_pixels", "mse"), num_fakes=1050), model=model)
+        assert seen == {False} and all(switch.allow_tf32 for switch in switches)
+    finally:
+        for switch, value in zip(switches, before):
+            switch.allow_tf32 = value
+
+
 def test_a_file_as_detector_and_lpips(data, net, tmp_path):
     lpips = save_script(Lpips(), tmp_path / "lpips.pt")
     protocol = Protocol(("frechet_mine", "lpips", "mse"), num_fakes=100)
