@@ -216,6 +216,39 @@ def test_an_orchestrator_can_stop_a_run(run, tmp_path, cache_dir):
     assert not result.interrupted and result.images_seen == 128
 
 
+def test_a_wish_to_stop_is_not_taken_back(tmp_path, cache_dir):
+    """An orchestrator that answers to a checkpoint, and has nothing to say to the log line of the same step."""
+    settings = config.load(
+        "configs/digits.yaml",
+        [f"run.directory={tmp_path}", f"data.cache_dir={cache_dir}", "data.num_workers=0", "model.channels=[8,16]", "schedule.total_images=256",
+         "run.checkpoint_images=16", "tracking.log_images=16", "tracking.progress=false", "tracking.tensorboard=false"],
+    )  # fmt: skip
+    published = []
+
+    def report(metrics, name):
+        published.extend([name] if name else [])
+        return len(published) == 1
+
+    assert trainer.train(settings, report=report).interrupted
+
+
+def test_what_a_run_counts_goes_on_where_it_stood(run, tmp_path):
+    """Rollbacks, which decide the draws, log lines with a negative gap, and substituted samples. A plain VAE adds to none."""
+    losses = []
+    for attempt in (0, 2):
+        name, short = f"run{attempt}", ["objective:={name: vae}", "schedule.total_images=32"]
+        run(*short, name=name)
+        folder = Folder(str(tmp_path / name))
+        found = checkpoint.read(folder, checkpoint.list_names(folder)[-1])
+        counts = {"attempt": attempt, "negative_gaps": 9, "substituted": 5}
+        checkpoint.save(folder, found.state | counts, found.tensors)
+        _, _, lines = run(*short[:1], name=name)
+        later = checkpoint.read(folder, checkpoint.list_names(folder)[-1]).state
+        assert later["images_seen"] == 64 and {key: later[key] for key in counts} == counts
+        losses.append(lines[-1]["loss/loss_encoder"])
+    assert losses[0] != losses[1], "after a rollback a step draws anew"
+
+
 def test_training_goes_on_from_imported_weights(run, tmp_path):
     _, settings, _ = run()
     trained = sivae.load(settings.run.directory, weights="plain")
@@ -330,6 +363,50 @@ def test_a_level_multiplies_beta_neg(run):
     ]
     factor, larger, smaller = ([line["terms/exp_elbo_fake"] for line in lines] for _, _, lines in runs)
     assert factor == larger and factor != smaller
+
+
+def test_learning_rates_follow_their_schedules_and_the_level(run):
+    """Rates are those of the images at which a step ends, so the first one of a warm-up trains too."""
+    growing = [STYLE, LEVELS % ", lr_factor: 0.5", "tracking.log_images=16"]
+    schedules = [
+        "encoder_optimizer.schedule={kind: constant, warmup_images: 64}",
+        "decoder_optimizer.schedule={kind: milestones, warmup_images: 0, milestones_images: [48], gamma: 0.1}",
+    ]
+    _, settings, lines = run(*growing, *schedules, "encoder_optimizer.lr=0.001", "decoder_optimizer.lr=0.002")
+    rates = [[line[f"optimizer/lr_{name}"] for line in lines] for name in ("encoder", "decoder")]
+    assert rates[0] == pytest.approx([0.5 * 0.001 / 4, 0.5 * 0.001 / 2, 0.001 * 3 / 4, 0.001])
+    assert rates[1] == pytest.approx([0.5 * 0.002, 0.5 * 0.002, 0.002, 0.0002])
+
+
+def test_the_average_counts_the_first_step(run):
+    """The half-life is half of the 16 images at its end: a quarter of what was there stays."""
+    _, settings, _ = run("schedule.total_images=16", "ema.halflife_images=100", "ema.rampup_ratio=0.5")
+    found = checkpoint.read(Folder(settings.run.directory), "000000000016").tensors
+    networks = models.build(seed=settings.run.seed, **settings.model.model_dump())
+    for name, network in zip(("encoder", "decoder"), networks):
+        for key, start in network.state_dict().items():
+            key = f"{name}.{key}"
+            expected = torch.lerp(start, found["weights"][key], 0.75)
+            assert not torch.equal(start, found["weights"][key])
+            assert torch.allclose(found["average"][key], expected, rtol=1e-6, atol=1e-8)  # float32 rounding
+
+
+def test_a_run_begins_as_a_plain_vae(run):
+    """For so many images it is one, of the same betas; then it is told apart, and bootstrap's target starts from there."""
+    often = ["tracking.log_images=16", "run.checkpoint_images=16", "run.keep_checkpoints=9"]
+    bootstrap = ["objective.name=bootstrap", "objective.vae_images=32", "objective.target_refresh_images=1000"]
+    _, settings, lines = run(*often, *bootstrap)
+    _, _, plain = run(*often, "objective:={name: vae, beta_kl: 0.5}", name="vae")
+    assert ["terms/exp_elbo_fake" in line for line in lines] == [False, False, True, True]
+    assert [line["loss/loss_encoder"] for line in lines[:2]] == [line["loss/loss_encoder"] for line in plain[:2]]
+    folder = Folder(settings.run.directory)
+    found = {number: checkpoint.read(folder, f"{number:012d}").tensors for number in (16, 32, 64)}
+    for name, value in found[32]["target"].items():
+        assert torch.equal(value, found[32]["weights"][f"decoder.{name}"]), name
+        assert torch.equal(value, found[64]["target"][name]), name
+    assert any(
+        not torch.equal(value, found[32]["weights"][f"decoder.{name}"]) for name, value in found[16]["target"].items()
+    )
 
 
 @pytest.mark.parametrize("vae_images, told", [(32, True), (16, False), (0, False)])
