@@ -160,12 +160,12 @@ class Tracker:
         if not os.path.exists(path):
             return
         kept = []
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:  # a power cut can leave any bytes
             for line in file:
                 try:
                     if json.loads(line)["images_seen"] <= images_seen:
                         kept.append(line)
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError):
                     logger.debug("dropped a damaged line of %s", path)
         with open(f"{path}.part", "w", encoding="utf-8") as file:
             file.writelines(kept)
