@@ -378,6 +378,21 @@ def test_learning_rates_follow_their_schedules_and_the_level(run):
     assert rates[1] == pytest.approx([0.5 * 0.002, 0.5 * 0.002, 0.002, 0.0002])
 
 
+@pytest.mark.parametrize("still, moves", [("encoder", "decoder"), ("decoder", "encoder")])
+def test_each_network_moves_at_its_own_rate(run, still, moves):
+    _, settings, _ = run("schedule.total_images=16", f"{still}_optimizer.lr=1e-30")
+    weights = checkpoint.read(Folder(settings.run.directory), "000000000016").tensors["weights"]
+    networks = models.build(seed=settings.run.seed, **settings.model.model_dump())
+    stood = {
+        name: [
+            torch.allclose(value, weights[f"{name}.{key}"], rtol=0, atol=1e-20)
+            for key, value in getattr(networks, name).state_dict().items()
+        ]
+        for name in (still, moves)
+    }
+    assert all(stood[still]) and not any(stood[moves])
+
+
 def test_the_average_counts_the_first_step(run):
     """The half-life is half of the 16 images at its end: a quarter of what was there stays."""
     _, settings, _ = run("schedule.total_images=16", "ema.halflife_images=100", "ema.rampup_ratio=0.5")
