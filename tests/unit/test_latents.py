@@ -131,6 +131,17 @@ def test_a_direction_of_two_gaussians():
     assert (separation.num_positives, separation.held_out) == (16_000, (4_000, 4_000)) and not separation.is_chance
 
 
+def test_the_deviation_is_that_within_the_classes_by_hand():
+    """Pooled over both, unbiased (n1 + n2 - 2), of few examples; every fifth of a class is held out."""
+    negatives, positives = torch.randn(2, 15, 3, generator=generator()).double()
+    positives += 1
+    found = fitted(positives, negatives)
+    kept = torch.arange(15) % 5 != 4
+    along = [latents[kept] @ found.vector.double() for latents in (positives, negatives)]
+    squares = sum(float((values - values.mean()).square().sum()) for values in along)
+    assert found.deviation == pytest.approx(math.sqrt(squares / 22), rel=1e-6)  # the vector is rounded to float32
+
+
 def test_a_strength_is_a_standard_deviation():
     direction = replace(
         fitted(torch.randn(20, 2) + 5, torch.randn(20, 2)), vector=torch.tensor([0.0, 1.0]), deviation=0.5
@@ -171,6 +182,9 @@ def test_a_useless_direction_says_so():
     draws = torch.rand(400, 2, 50, generator=generator())
     passed = sum(not replace(good.separation, auroc=auroc(a, b), held_out=(50, 50)).is_chance for a, b in draws)
     assert 1 <= passed <= 25
+    # Without ties the rank sum's deviation is sqrt((n1 + n2 + 1) / (12 n1 n2)), here 0.058 for AUROC.
+    border = [replace(good.separation, auroc=value, held_out=(50, 50)).is_chance for value in (0.613, 0.615)]
+    assert border == [True, False]
 
 
 def test_auroc_is_the_share_of_pairs_in_order():
@@ -188,6 +202,7 @@ def test_auroc_is_the_share_of_pairs_in_order():
         (torch.randn(50, 2), torch.randn(9, 2), "smile: there are 9 examples without it; give 10 or more"),
         (torch.ones(20, 2), torch.ones(20, 2), "smile: examples with and without it have the same mean latent"),
         (torch.ones(20, 2), torch.zeros(20, 2), "smile: the examples of each kind do not differ among themselves"),
+        (torch.full((21, 2), 0.7), torch.full((22, 2), 0.1), "smile: the examples of each kind do not differ"),
         (torch.full((20, 2), torch.nan), torch.randn(50, 2), "smile: some latents are not finite"),
     ],
 )

@@ -4,6 +4,7 @@ python -m pytest tests/unit/test_metrics.py
 """
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -146,6 +147,14 @@ def test_a_point_is_not_its_own_neighbour():
     assert neighbour_distances(points, 1).tolist() == [1, 1, 0, 0]
 
 
+def test_a_ball_has_its_border():
+    """As of a set that holds images several times, whose balls are points: a fake that is one of them is covered."""
+    real = torch.tensor([[0.0, 0.0], [3.0, 4.0]]).repeat_interleave(6, dim=0)
+    assert precision_recall(real, real) == (1.0, 1.0)
+    # Of 12 balls 6 are around each fake, over k = 5.
+    assert density_coverage(real, real) == (6 / 5, 1.0)
+
+
 def test_sets_that_do_not_fit_are_refused():
     for work in (precision_recall, density_coverage, lambda a, b: kernel_distance(a, b, subset_size=5)):
         with pytest.raises(ValueError, match="different sizes"):
@@ -264,6 +273,22 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         hits += low <= 0.7602 <= high
         assert 0.05 < high - low < 0.25
     assert hits >= 33  # 38 are expected; fewer than 33 happen once in 500 times
+
+
+def test_the_interval_is_as_wide_as_its_sets_make_it():
+    """By DeLong's variance of the AUROC (Biometrics 1988), of sets of two sizes and shapes. 1,000 resamples find the ends of
+    an interval to some 5% of its width."""
+    draw = np.random.default_rng(0)
+    inliers, outliers = draw.normal(size=400), 1 + 0.2 * draw.normal(size=40)
+    above = (outliers[:, None] > inliers).astype(float)
+    deviation = math.sqrt(above.mean(0).var(ddof=1) / len(inliers) + above.mean(1).var(ddof=1) / len(outliers))
+    _, low, high = ood.separation(inliers, outliers).auroc
+    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+
+
+def test_a_share_of_the_inliers_is_kept_whatever_its_product_rounds_to():
+    assert 0.55 * 100 > 55
+    assert ood.threshold(np.arange(1, 101), kept=0.55) == 55
 
 
 @pytest.mark.parametrize("inliers, outliers", [([], [1.0]), ([1.0], []), ([np.nan], [1.0]), ([1.0], [np.inf])])

@@ -129,6 +129,9 @@ def test_modes_that_are_covered_are_counted():
     stray = np.concatenate([some, centers[3:4]])  # one point makes no mode
     assert metrics.mode_coverage(stray, centers, density.std)[0] == 3
     assert metrics.mode_coverage(points * 1.2, centers, density.std) == (0, 0.0)
+    # A mode's fair share is of the points that are on modes, however few.
+    mostly_off = np.concatenate([points * 1.2, points[:400]])
+    assert metrics.mode_coverage(mostly_off, centers, density.std)[0] == 8
 
 
 # Training
