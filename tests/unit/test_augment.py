@@ -38,6 +38,16 @@ def test_nothing_happens_where_chance_says_no():
         assert torch.equal(augment(x, only, others, 0.5, 1.0), x)
 
 
+@pytest.mark.parametrize("kind, own", zip(KINDS, ([0, 3, 4, 5], [1, 6, 7], [2, 8, 9])))
+def test_a_kind_happens_as_often_as_it_should_by_numbers_of_its_own(kind, own):
+    x, uniform, other = images(400, channels=2), uniforms(400, NUM_UNIFORMS), uniforms(400, NUM_UNIFORMS, seed=2)
+    found = augment(x, uniform, (kind,), 0.2, 1.0)
+    # Of 400 images 80 within three deviations of 8; of translations one in 25 goes nowhere.
+    assert 53 <= int((found != x).flatten(1).any(1).sum()) <= 104
+    other[:, own] = uniform[:, own]
+    assert torch.equal(augment(x, other, (kind,), 0.2, 1.0), found)
+
+
 @pytest.mark.parametrize("down, right", [(-2, 0), (2, 1), (0, -1), (0, 0), (1, 2)])
 def test_translation_shifts_by_up_to_an_eighth_and_fills_with_zeros(down, right):
     x = images(1) + 1

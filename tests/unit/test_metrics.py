@@ -314,6 +314,22 @@ def test_only_inceptions_are_called_fid_and_kid():
         catalogue.parse([""])
 
 
+def test_which_way_a_figure_is_better():
+    """As by what it is for a set and itself, and for one that is far away."""
+    real, far = normal(20, 4), normal(20, 4) + 9
+    first, second = pair_of_images(176, channels=1)
+    found = {name: (getattr(reconstruction, name)(first, first + 1e-9).mean(), getattr(reconstruction, name)(first, second).mean())
+             for name in ("mse", "psnr", "ssim", "ms_ssim")}  # fmt: skip
+    for names, figures in ((("precision", "recall"), precision_recall), (("density", "coverage"), density_coverage)):
+        found |= {f"{name}_pixels": pair for name, pair in zip(names, zip(figures(real, real), figures(real, far)))}
+    found["frechet_pixels"] = tuple(frechet_distance(moments(real.numpy()), moments(x.numpy())) for x in (real, far))
+    found["kernel_pixels"] = tuple(kernel_distance(real, x, subset_size=20)[0] for x in (real, far))
+    for figure in catalogue.parse(found):
+        same, other = found[figure.name]
+        assert figure.higher_is_better == (same > other), figure.name
+    assert not any(figure.higher_is_better for figure in catalogue.parse(["lpips", "fid", "kid"]))
+
+
 @pytest.mark.parametrize(
     "name, reals, fakes, least",
     [
