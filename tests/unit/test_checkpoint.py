@@ -244,10 +244,25 @@ def test_the_same_count_again_is_another_checkpoint(run):
 def test_the_same_count_often_and_pruned_still_reads_the_last(local, keep):
     """However many were pruned, the last save is the newest."""
     for seed in range(6):
+        there = checkpoint.list_names(local)
         name = save(local, 100, keep=keep, seed=seed)
+        assert name not in there, "nothing is written over"
         assert same(checkpoint.read(local, name), seed)
         assert checkpoint.list_names(local)[-1] == name, f"save {seed} is not the newest"
         assert len(checkpoint.list_names(local)) <= keep
+
+
+def test_what_was_set_aside_stays_until_the_run_is_past_it(local):
+    """A person may want to look at a damaged checkpoint, and it is newer than all that the run has made since."""
+    for images_seen in (100, 300):
+        save(local, images_seen)
+    damage(local, "000000000300", "weights.safetensors", flip)
+    found = checkpoint.read_newest(local, lambda line: None, set_aside=True)
+    assert found.name == "000000000100" == checkpoint.list_names(local)[-1]
+    save(local, 200, keep=1)
+    assert local.names("checkpoints") == ["000000000200", "000000000300"]
+    save(local, 300, keep=1)
+    assert local.names("checkpoints") == ["000000000300.1"]
 
 
 def test_names_sort_by_number():
