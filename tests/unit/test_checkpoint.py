@@ -252,6 +252,17 @@ def test_the_same_count_often_and_pruned_still_reads_the_last(local, keep):
         assert len(checkpoint.list_names(local)) <= keep
 
 
+def test_every_tensor_begins_at_a_multiple_of_its_elements():
+    """So that a reader may map the file and use it as it lies."""
+    kinds = (torch.bool, torch.float32, torch.uint8, torch.int64, torch.bfloat16)
+    named = {f"{index}": torch.ones(3, dtype=kind) for index, kind in enumerate(kinds)}
+    data = b"".join(checkpoint.to_safetensors(named))
+    length = int.from_bytes(data[:8], "little")
+    assert (8 + length) % 8 == 0
+    for name, described in json.loads(data[8 : 8 + length]).items():
+        assert described["data_offsets"][0] % named[name].element_size() == 0, name
+
+
 def test_what_was_set_aside_stays_until_the_run_is_past_it(local):
     """A person may want to look at a damaged checkpoint, and it is newer than all that the run has made since."""
     for images_seen in (100, 300):
@@ -263,6 +274,21 @@ def test_what_was_set_aside_stays_until_the_run_is_past_it(local):
     assert local.names("checkpoints") == ["000000000200", "000000000300"]
     save(local, 300, keep=1)
     assert local.names("checkpoints") == ["000000000300.1"]
+
+
+def test_the_best_is_kept_and_is_none_once_it_is_gone(local):
+    assert checkpoint.best(local) is None
+    save(local, 100)
+    checkpoint.set_best(local, "000000000100", {"value": 0.5})
+    for images_seen in (200, 300):
+        save(local, images_seen, keep=1)
+    assert checkpoint.list_names(local) == ["000000000100", "000000000300"]
+    assert checkpoint.best(local) == {"name": "000000000100", "value": 0.5}
+    local.remove("checkpoints", "000000000100")
+    assert checkpoint.best(local) is None
+    for damaged in (b"{", b"[]", b'{"value": 1}', b"7"):
+        local.write(damaged, "checkpoints", checkpoint.BEST)
+        assert checkpoint.best(local) is None, damaged
 
 
 def test_names_sort_by_number():
