@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import sivae
@@ -102,9 +103,14 @@ def test_a_new_level_starts_with_fresh_optimizers(undisturbed):
     def optimizer(images: int) -> dict:
         return sivae.checkpoint.read(Folder(str(undisturbed)), f"{images:012d}", ("optimizer",)).tensors["optimizer"]
 
-    steps = [int(optimizer(images)["encoder.step"]) for images in (32, 64, 224, 256)]
-    assert steps == [2, 1, 11, 2]
+    for network in ("encoder", "decoder"):
+        assert [int(optimizer(images)[f"{network}.step"]) for images in (32, 64, 224, 256)] == [2, 1, 11, 2]
     assert optimizer(32)["decoder.exp_avg_sq.constant"].any()
+    # With betas of 0 and 0.99 the moments of one step are those of its gradient alone.
+    first = optimizer(64)
+    for name, gradient in first.items():
+        if ".exp_avg." in name:
+            torch.testing.assert_close(first[name.replace("exp_avg", "exp_avg_sq")], 0.01 * gradient**2)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
