@@ -130,6 +130,8 @@ def test_samples_without_labels_draw_classes_evenly():
     )
     # In batches as well, each image keeps its class.
     assert torch.allclose(conditional.sample(7, batch_size=2), conditional.sample(7), atol=1e-5)
+    # And asked for from some number on, as by the ranks that judge a model.
+    assert torch.allclose(conditional.sample(3, first=4), conditional.sample(7)[4:], atol=1e-5)
 
 
 @pytest.mark.parametrize("labels", [[0, 3], [-1, 0]])

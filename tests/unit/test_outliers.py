@@ -15,7 +15,7 @@ from PIL import Image
 import sivae
 from sivae import outliers
 from sivae.cli import main
-from sivae.data import open_stream
+from sivae.data import ImageStream, open_stream
 from sivae.errors import UserError
 from sivae.storage import Folder
 from tests.unit.judged import SIZE, export_model, make_model, pack_images
@@ -108,6 +108,15 @@ def sets(tmp_path_factory):
         str(folder / "out" / "images.npy"), str(folder / "out" / "set"), resolution=SIZE, num_workers=0, progress=False
     )
     return inlier, str(folder / "out" / "set")
+
+
+def test_a_set_in_batches_is_scored_as_its_images_at_once(sets):
+    model, stream = make_model(), ImageStream(sets[0], batch_size=1, split="test")
+    assert 70 > outliers.BATCH
+    found = outliers.score_set(model, stream, count=70, num_samples=2, seed=3)
+    expected = outliers.score(model, stream.sample(range(70)).images, range(70), num_samples=2, seed=3)
+    for name in outliers.SCORES:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)  # float32 in batches of other sizes
 
 
 @pytest.fixture(autouse=True)
