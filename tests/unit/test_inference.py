@@ -491,6 +491,21 @@ def test_the_files_of_others_are_not_replaced(tmp_path, name):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
 
 
+def test_an_export_leaves_no_target_of_the_one_before_it(tmp_path):
+    model = model_of()
+    inference.export(model, str(tmp_path), model.decoder.state_dict())
+    assert inference.read_target(str(tmp_path)).keys() == model.decoder.state_dict().keys()
+    inference.export(model, str(tmp_path))
+    assert inference.read_target(str(tmp_path)) == {}
+
+
+def test_a_model_that_still_grows_has_seen_whole_images():
+    settings, cut = model_of("style").settings, {"data": {"random_crop": True}}
+    assert inference.Model(settings, info=cut).random_crop is None
+    assert inference.Model(settings, info=cut | {"stage": {"level": 1, "blend": 1.0}}).random_crop is False
+    assert inference.Model(settings).random_crop is False
+
+
 def test_a_run_is_not_hidden_behind_an_export(run, tmp_path):
     """`load` takes the exported model of a folder that holds both."""
     folder, models_of = run

@@ -92,6 +92,22 @@ def test_the_draws_belong_to_the_images():
     assert not np.array_equal(outliers.score(model, images, range(6), seed=1)["negative_elbo"], whole["negative_elbo"])
 
 
+@pytest.mark.parametrize(
+    "below, told, is_outlier", [(25, "about 75% of them", False), (80, "about 20%", False), (100, "less than 1%", True)]
+)
+def test_the_sentence_says_how_many_inliers_score_as_high(below, told, is_outlier):
+    model, image = make_model(), torch.full((1, 1, SIZE, SIZE), 90, dtype=torch.uint8)
+    value = float(outliers.score(model, image, range(1), num_samples=2)["negative_elbo"][0])
+    # Percentiles of the inliers, one apart: so many lie below the image's score.
+    held = {"threshold": value + 95.5 - below, "quantiles": (value - below + np.arange(101)).tolist()}
+    inliers = {"name": "digits", "count": 200}
+    calibration = {"num_samples": 2, "seed": 0, "kept": 0.95, "inliers": inliers, "scores": {"negative_elbo": held}}
+    verdict = outliers.judge(model, image, calibration)
+    assert told in verdict.sentence and verdict.is_outlier == is_outlier
+    held["threshold"] = value
+    assert not outliers.judge(model, image, calibration).is_outlier, "the last inlier that is kept is none"
+
+
 # The command
 
 
