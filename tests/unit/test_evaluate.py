@@ -15,7 +15,7 @@ from sivae import inference, real_statistics
 from sivae.cli import main
 from sivae.data import open_stream
 from sivae.errors import UserError
-from sivae.evaluate import Evaluation, Protocol
+from sivae.evaluate import Evaluation, Protocol, keep
 from sivae.images import to_float
 from sivae.inference import load, weights_digest
 from sivae.metrics import kid, precision_recall, reconstruction
@@ -239,6 +239,14 @@ def test_figures_may_be_kept_elsewhere_and_what_cannot_be_written_is_known_befor
     monkeypatch.setattr(Evaluation, "run", None)
     assert main([*arguments, str(tmp_path / "file")]) == 1
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_figures_of_another_model_have_a_file_of_their_own(tmp_path):
+    """Exported models know no count of images that would tell them apart."""
+    folder, models = Folder(str(tmp_path)), [make_model(), make_model(seed=1), make_model()]
+    first, other, again = (keep(folder, "", {"mse": 1.0}, {"count": 3}, model, {}) for model in models)
+    assert first == again != other
+    assert keep(folder, "", {"mse": 1.0}, {"count": 4}, models[0], {}) != first
 
 
 @pytest.mark.parametrize("weights", ["average", "plain", None])

@@ -6,6 +6,7 @@ toy2d` trains, goes on where it stopped, judges and draws.
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import sivae
-from sivae import config, models, objectives, signals, toy2d
+from sivae import config, models, objectives, randomness, signals, toy2d
 from sivae.cli import EXIT_ERROR, EXIT_INTERRUPTED, main
 from sivae.data.toy2d import DENSITIES
 from sivae.errors import UserError
@@ -238,6 +239,27 @@ def test_a_seed_does_not_depend_on_those_beside_it(tmp_path):
     toy2d.train(settings(tmp_path / "alone", "run.seeds=[4]"))
     for key, value in weights(tmp_path / "alone", 4).items():
         torch.testing.assert_close(value, weights(tmp_path / "both", 4)[key], rtol=0, atol=2e-5, msg=key)
+
+
+def test_a_model_is_judged_by_other_draws_than_it_began_with(monkeypatch):
+    monkeypatch.setattr(toy2d, "GRID_SIDE", 8)
+    density, seeds = DENSITIES["8gaussians"], []
+
+    def sample(count, generator):
+        seeds.append(generator.initial_seed())
+        return density.sample(count, generator)
+
+    model = sivae.inference.Model(config.parse_model({"family": "mlp", "num_hidden": 8}).model_dump())
+    assert toy2d.judge(model, replace(density, sample=sample), 3)["finite"]
+    assert seeds and randomness.generator(3, 0).initial_seed() not in seeds
+
+
+def test_a_model_all_of_whose_samples_are_far_away_has_no_figures(monkeypatch):
+    monkeypatch.setattr(toy2d, "GRID_SIDE", 8)
+    model = sivae.inference.Model(config.parse_model({"family": "mlp", "num_hidden": 8}).model_dump())
+    model.decoder.layers[-1].bias.fill_(100.0)
+    figures = toy2d.judge(model, DENSITIES["rings"], 0)
+    assert not figures["finite"] and figures["histogram_kl"] is None
 
 
 def test_a_model_that_diverged_is_told_from_one_that_did_not():
