@@ -86,6 +86,13 @@ def test_reparameterize_has_the_distribution_it_names():
     assert torch.equal(reparameterize(mu, logvar, torch.zeros(4, 3)), mu.float())
 
 
+def test_reparameterize_rounds_nothing_more_to_bfloat16():
+    """What networks give under autocast: as if it had been float32 to begin with."""
+    mu, logvar, eps = (normals(4, 3, seed=i, dtype=torch.float32) for i in range(3))
+    rounded = mu.bfloat16(), logvar.bfloat16()
+    assert torch.equal(reparameterize(*rounded, eps), reparameterize(*(value.float() for value in rounded), eps))
+
+
 def test_reparameterize_passes_gradient_to_both():
     mu, logvar, eps = (normals(4, 3, seed=i).requires_grad_(i < 2) for i in range(3))
     grad_mu, grad_logvar = torch.autograd.grad(reparameterize(mu, logvar, eps).sum(), (mu, logvar))
