@@ -188,7 +188,6 @@ class _Shard:
                 self._tell(member.stop)
             if size - members.stop < 2 * BLOCK:
                 self.add(f"its end mark at byte {members.stop} is cut short")
-            self._zeros(members.stop, size, "what follows the end mark")
             whole = True
         except Damaged as error:
             self.add(str(error))

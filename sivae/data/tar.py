@@ -1,6 +1,7 @@
 """Where the members of a tar lie, from its headers alone, over byte ranges of any URL.
 
-tarfile takes a damaged header in the middle of a tar for its end; here that is an error with its place.
+tarfile takes a damaged header in the middle of a tar for its end, and so it does one that became zeros; here that is an
+error with its place.
 Long names (GNU's and PAX) are understood, files with holes are refused. Format: POSIX.1-2017, pax; GNU tar manual.
 """
 
@@ -15,6 +16,7 @@ from sivae.storage import Folder
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_NAME_BYTES = 2**20  # of a long name or a PAX header
+END_BYTES = 2**16  # of the zeros at the end, read at once: they are 10 KiB as a rule
 LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL, SPARSE = b"L", b"K", b"x", b"g", b"S"
 
 
@@ -95,7 +97,7 @@ class Members:
             header = self.read(at, BLOCK)
             self.stop = at
             if header == bytes(BLOCK):
-                return
+                return self._check_end(at)
             info = self._parse(header, at)
             start, stop = at + BLOCK, at + BLOCK + info.size
             kind = info.type
@@ -124,6 +126,13 @@ class Members:
             if has_bytes:
                 yield Member(name, start, size)
             at = _padded(stop)
+
+    def _check_end(self, at: int):
+        for start in range(at, self.size_bytes, END_BYTES):
+            if self.read(start, min(END_BYTES, self.size_bytes - start)).strip(b"\0"):
+                raise Damaged(
+                    f"more than zeros follows its end mark at byte {at}, so it is damaged there or several tars in one"
+                )
 
     def _parse(self, header: bytes, at: int) -> tarfile.TarInfo:
         if len(header) < BLOCK:

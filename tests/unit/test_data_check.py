@@ -359,6 +359,13 @@ def test_shards_that_cannot_be_indexed(tmp_path):
     path.write_bytes(broken)
     with pytest.raises(UserError, match="header at byte 1024 is damaged"):
         make_index(str(path), progress=False)
+    # A block that a crash has left as zeros where b's header was, and two tars put together
+    for joined, end in [(data[:1024] + bytes(512) + data[1536:], 1024), (data + data, 2048)]:
+        path.write_bytes(joined)
+        with pytest.raises(UserError, match=f"a.tar.*more than zeros follows its end mark at byte {end}"):
+            make_index(str(path), progress=False)
+        with pytest.raises(UserError, match=f"a.tar.*more than zeros follows its end mark at byte {end}"):
+            open_source(str(path), resolution=6)
 
 
 def members_of(data):
