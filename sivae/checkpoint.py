@@ -113,7 +113,7 @@ def set_best(run: Folder, name: str, judged: dict[str, Any]) -> None:
 def read(run: Folder, name: str, files: tuple[str, ...] | None = None) -> Checkpoint:
     """Read a checkpoint, or only some of its tensor files, checking sizes and sha256. Raises Damaged naming the file."""
     try:
-        manifest = json.loads(run.read("checkpoints", name, "manifest.json"))
+        manifest = _read(run, name, "manifest.json", json.loads)
         listed = manifest["files"]
         wanted = [
             file
@@ -188,10 +188,25 @@ def _put(run: Folder, name: str, file: str, parts: list[memoryview], manifest: d
 def _get(run: Folder, name: str, file: str, listed: dict[str, Any]) -> bytes:
     if not run.exists("checkpoints", name, file):
         raise ValueError(f"{file} is missing")
-    data = run.read("checkpoints", name, file)
-    if len(data) != listed[file]["bytes"] or hashlib.sha256(data).hexdigest() != listed[file]["sha256"]:
-        raise ValueError(f"{file} does not match its checksum")
-    return data
+    num_bytes, sha256 = listed[file]["bytes"], listed[file]["sha256"]
+
+    def compare(data: bytes) -> bytes:
+        if len(data) != num_bytes or hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError(f"{file} does not match its checksum")
+        return data
+
+    return _read(run, name, file, compare, num_bytes)
+
+
+def _read(run: Folder, name: str, file: str, parse: Callable[[bytes], Any], num_bytes: int = 0) -> Any:
+    """parse(data) of a file, read again where it raises ValueError: a network can answer anything, and a checkpoint that is
+    taken for damaged is lost."""
+    for left in reversed(range(run.attempts)):
+        try:
+            return parse(run.read("checkpoints", name, file, num_bytes=num_bytes))
+        except ValueError:
+            if not left:
+                raise
 
 
 def _order(name: str) -> tuple[int, int]:

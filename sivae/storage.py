@@ -22,7 +22,7 @@ from sivae.errors import UserError, shown
 
 MAX_OPEN_FILES = 256  # descriptors that one reader of local ranges keeps
 STUCK_SEC = 5  # beyond a time limit, until an event loop that does not even give up is left alone
-UPLOAD_BYTES_PER_SEC = 1e6  # what the slowest upload may need, added to its time limit
+SLOWEST_BYTES_PER_SEC = 1e6  # of a whole file up or down: what it may need at that pace is added to its time limit
 
 # Another try cannot help these: the name is wrong, access is denied, or an option is.
 PERMANENT = (
@@ -131,8 +131,9 @@ class Folder:
 
         return [name for name in self._guard("list", listing, *names) if name]
 
-    def read(self, *names: str) -> bytes:
-        return self._guard("read", lambda: self.fs.cat_file(self.join(*names), **self._limit()), *names)
+    def read(self, *names: str, num_bytes: int = 0) -> bytes:
+        """num_bytes: of a file that may be large, as far as is known: what comes slowly has longer."""
+        return self._guard("read", lambda: self.fs.cat_file(self.join(*names), **self._limit(num_bytes)), *names)
 
     def write(self, data: bytes | list[memoryview], *names: str) -> None:
         """Write a file so that it appears whole or not at all: locally under another name first and then moved.
@@ -295,7 +296,7 @@ class Folder:
 
     def _limit(self, num_bytes: int = 0) -> dict[str, float]:
         """`timeout` is fsspec's own argument for waiting on its event loop; the other filesystems know none."""
-        return {"timeout": self.timeout_sec + num_bytes / UPLOAD_BYTES_PER_SEC} if self.fs.async_impl else {}
+        return {"timeout": self.timeout_sec + num_bytes / SLOWEST_BYTES_PER_SEC} if self.fs.async_impl else {}
 
     def _pause(self, attempt: int) -> None:
         time.sleep(self.backoff_sec * 2 ** (attempt - 1) * (1 + random.random()))

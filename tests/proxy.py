@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from tests.processes import ROOT, environment
 
-# What can happen to an answer. The last is damage; all others are failures of the network or the server.
+# What can happen to an answer. All but WRONG and SLOW are failures of the network or the server.
 CUT, CUT_BEFORE = "cut in the body", "cut before the answer"
 STALL, STALL_BEFORE = "stall in the body", "stall before the answer"
 LONG_LENGTH = "a Content-Length that is too large"
@@ -28,6 +28,7 @@ ERROR_500, ERROR_503, ERROR_429, FORBIDDEN_403 = "500", "503", "429", "403"
 GARBAGE = "no HTTP at all"
 WHOLE_FILE = "the range is ignored"
 WRONG = "other bytes"
+SLOW = "a body in pieces, over a second"  # and no fault
 FAILURES = (
     CUT, CUT_BEFORE, STALL, STALL_BEFORE, LONG_LENGTH, SHORT, SHORT_WITHOUT_LENGTH, ERROR_500, ERROR_503, ERROR_429,
     FORBIDDEN_403, GARBAGE, WHOLE_FILE,
@@ -123,7 +124,11 @@ class Proxy:
             answer = bytes(byte ^ 0x55 for byte in answer)
         if fault in (CUT, STALL, SHORT, SHORT_WITHOUT_LENGTH):
             answer = answer[: len(answer) // 2]
-        client.sendall("\r\n".join(kept).encode("latin-1") + b"\r\n\r\n" + (answer if method != "HEAD" else b""))
+        client.sendall("\r\n".join(kept).encode("latin-1") + b"\r\n\r\n")
+        pieces = 10 if fault == SLOW else 1
+        for piece in range(pieces if method != "HEAD" else 0):
+            client.sendall(answer[len(answer) * piece // pieces : len(answer) * (piece + 1) // pieces])
+            time.sleep(0.1 if fault == SLOW else 0)
         if fault == STALL:
             self._wait(client)
         return fault not in (CUT, STALL, SHORT_WITHOUT_LENGTH, LONG_LENGTH)

@@ -20,6 +20,8 @@ from sivae import checkpoint
 from sivae.checkpoint import Damaged
 from sivae.errors import UserError
 from sivae.storage import Folder
+from tests import proxy as faults
+from tests.proxy import Proxy
 
 ROOT = Path(__file__).parents[2]  # where a subprocess finds both sivae and these tests
 
@@ -152,6 +154,38 @@ DAMAGE = {
     "a manifest without files": lambda run, name: damage(run, name, "manifest.json", lambda data: b'{"files": {}}'),
     "files that are a list": lambda run, name: damage(run, name, "manifest.json", lambda data: b'{"files": [1]}'),
 }
+
+
+@pytest.fixture
+def distant(s3):
+    """(a run on S3, the proxy before it)."""
+    proxy = Proxy(
+        (s3["endpoint_url"].removeprefix("http://").split(":")[0], int(s3["endpoint_url"].rpartition(":")[2]))
+    )
+    # As of a store that sends no checksums, which botocore would compare
+    config = {"response_checksum_validation": "when_required"}
+    options = s3 | {"endpoint_url": proxy.url, "config_kwargs": config}
+    yield Folder(f"s3://bucket/{uuid.uuid4().hex}", options, timeout_sec=5, retries=2, backoff_sec=0.01), proxy
+    proxy.close()
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.json", "weights.safetensors"])
+@pytest.mark.parametrize("fault", [faults.WRONG, faults.SHORT])
+def test_a_wrong_answer_is_no_damage(distant, file, fault):
+    run, proxy = distant
+    save(run, 100)
+    proxy.disturb(fault, times=2, match=file)
+    found, told = newest(run)
+    assert same(found, 100) and not told and proxy.times == 0
+
+
+def test_a_large_file_may_come_slowly(distant):
+    run, proxy = distant
+    checkpoint.save(run, {"images_seen": 100}, {"optimizer": {"step": torch.zeros(500_000)}})
+    run.timeout_sec, run.retries = 0.5, 0
+    proxy.disturb(faults.SLOW, match="optimizer")
+    found, _ = newest(run)
+    assert found.tensors["optimizer"]["step"].numel() == 500_000
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
