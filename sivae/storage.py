@@ -121,13 +121,12 @@ class Folder:
         def listing() -> list[str]:
             path = self.join(*names)
             self.fs.invalidate_cache()
-            try:
-                if not self.is_web and not self.fs.isdir(path, **self._limit()):
-                    return []
-                entries = self.fs.ls(path, detail=False, **self._limit())
-            except FileNotFoundError:
+            try:  # without `isdir`, which takes a failure for a folder that is not there
+                entries = [entry.rstrip("/") for entry in self.fs.ls(path, detail=False, **self._limit())]
+            except (FileNotFoundError, NotADirectoryError):
                 return []
-            return sorted(posixpath.basename(entry.rstrip("/")) for entry in entries)
+            # An object store lists the folder's own mark with what lies in it, and of a file itself.
+            return sorted(posixpath.basename(entry) for entry in entries if entry != path.rstrip("/"))
 
         return [name for name in self._guard("list", listing, *names) if name]
 
@@ -199,8 +198,13 @@ class Folder:
 
     def _exists(self, path: str) -> bool:
         self.fs.invalidate_cache()
-        # Without `strict` a web server that fails is taken for one that has no such file.
-        return self.fs.exists(path, **({"strict": True} if self.is_web else {}), **self._limit())
+        if self.is_web:  # without `strict` a server that fails is taken for one that has no such file
+            return self.fs.exists(path, strict=True, **self._limit())
+        try:  # without `exists`, which takes any failure of a local disk for a file that is not there
+            self.fs.info(path, **self._limit())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     # Byte ranges; failures are handed back
 

@@ -196,6 +196,14 @@ def test_a_failure_is_not_taken_for_a_missing_file(files, between, ask):
         getattr(folder, ask)("a.tar")
 
 
+@pytest.mark.parametrize("ask", ["exists", "size", "names", "read"])
+def test_a_failure_of_a_disk_is_not_taken_for_a_missing_file(tmp_path, ask):
+    """A link to itself fails for everybody, root too, with neither of the errors that say that nothing is there."""
+    os.symlink("a", tmp_path / "a")
+    with pytest.raises(UserError, match="a/b: cannot .*symbolic links"):
+        getattr(Folder(str(tmp_path)), ask)("a", "b")
+
+
 # What a network does
 
 
