@@ -31,6 +31,7 @@ from sivae.data.sources.pictures import decode
 from sivae.data.sources.svhn import read_mat
 from sivae.errors import UserError
 from sivae.storage import Folder
+from tests.proxy import object_store
 from tests.unit.source_files import (
     cifar_binary,
     cifar_pickle,
@@ -113,6 +114,22 @@ def test_fingerprint_sees_times_and_options(tmp_path):
     assert changed(tmp_path / "in", lambda: os.utime(tmp_path / "in" / "a/1.png", (1, 1)))
     os.rename(tmp_path / "in", tmp_path / "moved")
     assert changed(tmp_path / "moved", lambda: os.rename(tmp_path / "moved/a", tmp_path / "moved/c"))
+
+
+def test_marks_of_folders_in_an_object_store(caplog):
+    """The empty objects that a web console makes for folders are no files."""
+    with object_store("marks") as options:
+        folder = Folder("s3://marks/set", options)
+        for name in ("", "cats/", "dogs/"):
+            folder.fs.pipe_file(f"marks/set/{name}", b"")
+        for name in ("cats", "dogs"):
+            folder.write(png(noise(8, 8)), name, "1.png")
+        source = opened("s3://marks/set", labels=True, storage_options=options)
+        assert (
+            source.names == ["cats/1.png", "dogs/1.png"]
+            and source.classes.tolist() == [0, 1]
+            and "left out" not in caplog.text
+        )
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation"])

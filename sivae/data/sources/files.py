@@ -205,7 +205,8 @@ def find_files(folder: Folder, under: str = "") -> list[File]:
         found = walk(folder.fs, root) if folder.is_local else ask(folder, lambda: folder.fs.find(root, detail=True))
     top = len(folder.path.rstrip("/")) + 1
     files = [File(folder, path[top:], int(info.get("size") or 0), stamp(info)) for path, info in found.items()]
-    return [file for file in files if not re.search(r"(^|/)\.", file.name)]
+    # What ends with a slash, or is the folder's own, is the empty object that a web console makes for a folder.
+    return [file for file in files if not re.search(r"(^|/)(\.|$)", file.name)]
 
 
 def walk(fs, root: str) -> dict[str, dict]:
