@@ -16,7 +16,7 @@ from sivae.data.decode import read_header
 from sivae.data.index import FILE_NAME, SHARD_NAME, SPLIT_NAME, Index, Shard
 from sivae.data.sources.base import natural_key
 from sivae.data.sources.files import expand_braces, split_url
-from sivae.data.tar import Damaged, Members, RangeFile
+from sivae.data.tar import Damaged, Members, RangeFile, refuse_links
 from sivae.errors import UserError, query_start, shown
 from sivae.progress import progress_bar
 from sivae.storage import Folder
@@ -186,7 +186,8 @@ def find_images(folder: Folder, name: str, crc: bool) -> Found:
     file = RangeFile(folder, name, size_bytes, AHEAD_BYTES if crc else HEADER_BYTES)
     keys = set()
     try:
-        for number, member in enumerate(Members(file.at, size_bytes), 1):
+        members = Members(file.at, size_bytes)
+        for number, member in enumerate(members, 1):
             if jumps:
                 through = min(AHEAD_BYTES, 2 * member.stop)  # by and by, as the first ones may be unlike the rest
                 file.ahead = HEADER_BYTES if member.stop / number > JUMP_BYTES else max(HEADER_BYTES, through)
@@ -197,7 +198,7 @@ def find_images(folder: Folder, name: str, crc: bool) -> Found:
                         f"{where} holds images of several formats ({found.image_format}, then {member.name}); {REPACK}"
                     )
                 if member.key in keys:
-                    raise UserError(f"{where} holds two images of the key {member.key!r}; {REPACK}")
+                    raise UserError(f"{where} holds two images of the key {member.key!r}; rename one, or take it out")
                 keys.add(member.key)
                 found.image_format = image_format
                 found.key.append(member.key)
@@ -209,7 +210,9 @@ def find_images(folder: Folder, name: str, crc: bool) -> Found:
                 text = file.at(member.start, min(member.size, MAX_LABEL_BYTES + 1)).strip()
                 if not text.isdigit() or len(text) > MAX_LABEL_BYTES or int(text) >= 2**31:
                     raise UserError(f"{member.name} in {where} is no whole number from 0 on, {text[:20]!r}; {REPACK}")
-                found.label[member.key] = int(text)
+                if found.label.setdefault(member.key, int(text)) != int(text):
+                    raise UserError(f"{where} holds two labels of the key {member.key!r}; take one out")
+        refuse_links(members, SUFFIXES, where)
     except Damaged as error:
         raise UserError(f"{where}: {error}; copy it again from where it came") from None
     if not found.key:

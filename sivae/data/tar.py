@@ -7,7 +7,7 @@ Long names (GNU's and PAX) are understood, files with holes are refused. Format:
 
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from sivae.data.shards import too_much
@@ -83,13 +83,15 @@ class RangeFile:
 
 
 class Members:
-    """The files in a tar, in order. `stop` is then where its end mark begins.
+    """The files in a tar, in order. `stop` is then where its end mark begins, and `links` the members that have no bytes of
+    their own but name another: of two hard links tar writes the second so.
 
     read(start, size): bytes of the tar, fewer at its end. Raises Damaged where it is no tar, or is cut short.
     """
 
     def __init__(self, read: Callable[[int, int], bytes], size_bytes: int):
         self.read, self.size_bytes, self.stop = read, size_bytes, 0
+        self.links: list[Member] = []
 
     def __iter__(self) -> Iterator[Member]:
         at, changed = 0, {}
@@ -125,6 +127,8 @@ class Members:
                 raise Damaged(f"it is cut short: {name!r} ends at byte {stop}, and there are {self.size_bytes}")
             if has_bytes:
                 yield Member(name, start, size)
+            elif kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+                self.links.append(Member(name, start, 0))
             at = _padded(stop)
 
     def _check_end(self, at: int):
@@ -149,6 +153,15 @@ class Members:
         if info.size < 0:
             raise Damaged(f"its header at byte {at} is damaged")
         return info
+
+
+def refuse_links(members: Members, suffixes: Collection[str], where: str):
+    """Raises UserError where a member that would be an image is a link: left out, it would be missing without a word."""
+    link = next((link for link in members.links if link.suffix in suffixes), None)
+    if link is not None:
+        raise UserError(
+            f"{link.name!r} in {where} is a link to another file; make the tar again with --dereference --hard-dereference"
+        )
 
 
 def _padded(stop: int) -> int:

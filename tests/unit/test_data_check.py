@@ -312,6 +312,7 @@ def test_shards_that_cannot_be_indexed(tmp_path):
         ([("a.png", image), ("a.png", image)], "two images of the key 'a'"),
         ([("a.png", image), ("a.cls", b"1"), ("b.png", image)], "sample b .*no .cls"),
         ([("a.png", image), ("a.cls", b"cat")], "a.cls .*whole number"),
+        ([("a.png", image), ("a.cls", b"1"), ("a.cls", b"2")], "two labels of the key 'a'"),
         ([("a.png", encoded(noise(5, 6)))], "6x5 pixels, which is no square.*sivae pack URLS DEST --resolution R"),
         ([("a.png", encoded(noise(6, 6, 4)))], "8-bit RGBA"),
         ([("a.png", b"x" * 99)], "is no png"),
@@ -351,6 +352,16 @@ def test_shards_that_cannot_be_indexed(tmp_path):
         path.write_bytes(cut)
         with pytest.raises(UserError, match=f"a.tar.*{message}"):
             make_index(str(path), progress=False)
+    os.makedirs(tmp_path / "links")
+    (tmp_path / "links" / "a.png").write_bytes(image)
+    for kind, link in [("hard", os.link), ("symbolic", os.symlink)]:
+        link(tmp_path / "links" / "a.png", tmp_path / "links" / f"{kind}.png")
+        with tarfile.open(path, "w") as tar:
+            tar.add(tmp_path / "links" / "a.png", "a.png")
+            tar.add(tmp_path / "links" / f"{kind}.png", f"{kind}.png")
+        for look in (make_index, lambda url, progress: open_source(url, resolution=6)):
+            with pytest.raises(UserError, match=f"'{kind}.png' in .*a.tar is a link to another file"):
+                look(str(path), progress=False)
     path.write_bytes(b"\x1f\x8b" + data)
     with pytest.raises(UserError, match="a.tar: it is no tar"):
         make_index(str(path), progress=False)

@@ -12,7 +12,7 @@ import numpy as np
 from sivae.data.sources.base import BadImage, Sample, Source, fingerprint, natural_key
 from sivae.data.sources.files import File, base_name, damage, find_file, find_files
 from sivae.data.sources.pictures import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, decode
-from sivae.data.tar import Members
+from sivae.data.tar import Members, refuse_links
 from sivae.errors import UserError, shown
 from sivae.storage import Folder
 
@@ -100,7 +100,8 @@ def index_tar(file: File, labels: bool = True) -> list[tuple[str, dict[str, tupl
     samples, found, others = [], [], 0
     reader = file.open()
     with damage(file.where, "copy it again"):
-        for member in Members(reader.at, file.size):
+        members = Members(reader.at, file.size)
+        for member in members:
             key, part = member.key, "image" if f".{member.suffix}" in IMAGE_SUFFIXES else member.suffix
             if not key.rpartition("/")[2]:
                 continue  # hidden
@@ -110,6 +111,7 @@ def index_tar(file: File, labels: bool = True) -> list[tuple[str, dict[str, tupl
                 if part in samples[-1][1]:
                     raise UserError(f"{key} in {file.where} has two of one kind ({member.name}); take one out")
                 samples[-1][1][part] = member.start, member.size
+        refuse_links(members, [suffix.lstrip(".") for suffix in IMAGE_SUFFIXES], file.where)
     for key, places in samples:
         if "image" not in places:
             others += 1
