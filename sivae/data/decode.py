@@ -20,7 +20,7 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from sivae.errors import UserError
 
@@ -30,6 +30,9 @@ JPEG_COLOURS = {1: "grey", 3: "RGB"}  # by the number of components; 4 is CMYK
 PILLOW_NAMES = {"png": "PNG", "qoi": "QOI", "webp": "WEBP", "jpeg": "JPEG"}
 GREY_AS_RGB = ("qoi", "webp")  # these know no grey: it is stored as RGB, and one channel of it is taken
 QOI_END = bytes(7) + b"\x01"
+EXIF = {"png": b"eXIf", "webp": b"EXIF", "jpeg": b"Exif\0\0"}  # what stands before it in an image
+UNDONE = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = dict(zip(range(2, 9), UNDONE.split()))  # EXIF's orientation -> what undoes it
 AGAIN = "pack the set again (for shards made by others: `sivae pack URLS DEST --resolution R`)"
 
 
@@ -110,10 +113,20 @@ def _jpeg_header(encoded: bytes) -> Header | None:
 HEADERS = {"png": _png_header, "qoi": _qoi_header, "webp": _webp_header, "jpeg": _jpeg_header}
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF says; one whose EXIF cannot be read stays as it is."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # noqa: BLE001 - Pillow raises nearly anything on what cameras write there
+        turn = None
+    return image if turn is None else image.transpose(Image.Transpose[turn])
+
+
 def pillow_decoder(image_format: str) -> Callable[[bytes], np.ndarray]:
-    """Encoded bytes to uint8 [H, W] or [H, W, C]; raises whatever Pillow does."""
+    """Encoded bytes to uint8 [H, W] or [H, W, C], upright; raises whatever Pillow does."""
     formats = [PILLOW_NAMES[image_format]]
-    return lambda encoded: np.array(Image.open(io.BytesIO(encoded), formats=formats))  # an array that can be written
+    # An array that can be written
+    return lambda encoded: np.array(upright(Image.open(io.BytesIO(encoded), formats=formats)))
 
 
 @cache
@@ -126,7 +139,7 @@ def library(image_format: str) -> Callable[[bytes], np.ndarray]:
         codec = {"png": "SPNG", "qoi": "QOI", "webp": "WEBP", "jpeg": "JPEG8"}[image_format]
         if getattr(imagecodecs, codec).available:
             fast = getattr(imagecodecs, f"{codec.lower()}_decode")
-            return partial(_whole_jpeg, fast, pillow) if image_format == "jpeg" else fast
+            return fast if image_format == "qoi" else partial(_fast_or_pillow, image_format, fast, pillow)
     except (ImportError, AttributeError):
         pass
     if image_format == "qoi":
@@ -134,9 +147,11 @@ def library(image_format: str) -> Callable[[bytes], np.ndarray]:
     return pillow
 
 
-def _whole_jpeg(fast: Callable, pillow: Callable, encoded: bytes) -> np.ndarray:
-    """imagecodecs makes grey areas of what is cut off; Pillow, asked where the end is missing, raises."""
-    return (fast if encoded.endswith(b"\xff\xd9") else pillow)(encoded)
+def _fast_or_pillow(image_format: str, fast: Callable, pillow: Callable, encoded: bytes) -> np.ndarray:
+    """imagecodecs turns nothing upright, and makes grey areas of what is cut off a JPEG; Pillow, asked where there is EXIF or
+    the end is missing, turns or raises."""
+    cut = image_format == "jpeg" and not encoded.endswith(b"\xff\xd9")
+    return (pillow if cut or EXIF[image_format] in encoded else fast)(encoded)
 
 
 def _decode(image_format: str, encoded: bytes, resolution: int, num_channels: int, name: str) -> np.ndarray:

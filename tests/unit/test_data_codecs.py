@@ -10,7 +10,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from sivae.data import decode
 from sivae.data.decode import DECODERS, library, pillow_decoder, read_header
@@ -88,6 +88,17 @@ def test_jpeg_of_others(codec, settings):
     assert DECODERS["jpeg"](encoded, 64, 3, "x").shape == (3, 64, 64)
     filled = encoded[:2] + b"\xff\xff\xfe\x00\x04ab" + encoded[2:]  # a fill byte and a comment before the rest
     assert np.array_equal(DECODERS["jpeg"](filled, 64, 3, "x"), DECODERS["jpeg"](encoded, 64, 3, "x"))
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_of_others_are_upright(codec, image_format, orientation):
+    image, exif = Image.fromarray(smooth(16, 3)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    settings = {"lossless": True} if image_format == "webp" else {}
+    stored = saved(image, image_format, exif=exif, **settings)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(stored))))
+    assert np.array_equal(DECODERS[image_format](stored, 16, 3, "x"), expected.transpose(2, 0, 1))
 
 
 def test_webp_with_a_long_header(codec):

@@ -214,6 +214,8 @@ def test_only_plain_png_is_copied():
         pixels, encoded = decode(data, "x")
         assert encoded is None and pixels.shape[2] in (1, 3)
     assert np.array_equal(decode(saved(rgb, exif=exif), "x")[0], np.rot90(np.asarray(rgb), -1))
+    for broken in (b"Exif\0\0" + bytes(9), b"Exif\0\0MM\0*"):  # is no reason to leave an image out
+        assert np.array_equal(decode(saved(rgb, exif=broken), "x")[0], rgb)
 
 
 @pytest.mark.parametrize("colour, num_values", [(0, 1), (2, 3), (4, 2), (6, 4)], ids=["L", "RGB", "LA", "RGBA"])

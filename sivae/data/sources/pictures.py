@@ -5,8 +5,9 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from sivae.data.decode import upright
 from sivae.data.sources.base import BadImage
 from sivae.errors import shown
 
@@ -24,7 +25,7 @@ def decode(data: bytes, where: str) -> tuple[np.ndarray, bytes | None]:
     try:
         plain = data.startswith(PNG_SIGNATURE) and _check_png(data)
         with Image.open(io.BytesIO(data)) as image:
-            plain = plain and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+            plain = plain and upright(image) is image
             pixels = to_uint8(image)
     except UnidentifiedImageError:  # its text has an address in memory
         raise BadImage(
@@ -69,7 +70,7 @@ def to_uint8(image: Image.Image) -> np.ndarray:
     """
     if image.mode == "I" and image.format not in (None, "PNG", "PPM"):  # of which Pillow gives 16 bits so too
         raise ValueError("a 32-bit image, whose range nobody knows; save it with 8 or 16 bits")
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode == "F":
         raise ValueError("a floating-point image; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow itself would clip at 255
