@@ -99,7 +99,7 @@ def list_names(run: Folder) -> list[str]:
 def best(run: Folder) -> dict[str, Any] | None:
     """What `set_best` noted, as long as that checkpoint is there."""
     try:
-        found = json.loads(run.read("checkpoints", BEST)) if run.exists("checkpoints", BEST) else None
+        found = _read(run, BEST, json.loads) if run.exists("checkpoints", BEST) else None
         return found if found and run.exists("checkpoints", found["name"], "manifest.json") else None
     except (ValueError, KeyError, TypeError):
         return None
@@ -113,7 +113,7 @@ def set_best(run: Folder, name: str, judged: dict[str, Any]) -> None:
 def read(run: Folder, name: str, files: tuple[str, ...] | None = None) -> Checkpoint:
     """Read a checkpoint, or only some of its tensor files, checking sizes and sha256. Raises Damaged naming the file."""
     try:
-        manifest = _read(run, name, "manifest.json", json.loads)
+        manifest = _read(run, f"{name}/manifest.json", json.loads)
         listed = manifest["files"]
         wanted = [
             file
@@ -195,15 +195,15 @@ def _get(run: Folder, name: str, file: str, listed: dict[str, Any]) -> bytes:
             raise ValueError(f"{file} does not match its checksum")
         return data
 
-    return _read(run, name, file, compare, num_bytes)
+    return _read(run, f"{name}/{file}", compare, num_bytes)
 
 
-def _read(run: Folder, name: str, file: str, parse: Callable[[bytes], Any], num_bytes: int = 0) -> Any:
+def _read(run: Folder, place: str, parse: Callable[[bytes], Any], num_bytes: int = 0) -> Any:
     """parse(data) of a file, read again where it raises ValueError: a network can answer anything, and a checkpoint that is
-    taken for damaged is lost."""
+    taken for damaged, or no longer for the best, is lost."""
     for left in reversed(range(run.attempts)):
         try:
-            return parse(run.read("checkpoints", name, file, num_bytes=num_bytes))
+            return parse(run.read("checkpoints", place, num_bytes=num_bytes))
         except ValueError:
             if not left:
                 raise

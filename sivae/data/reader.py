@@ -144,7 +144,7 @@ class ImageStream:
 
     @property
     def digest(self) -> str:
-        """The set's identity: what a checkpoint keeps, to refuse resuming on other data."""
+        """The set's identity: what a checkpoint keeps, to tell when a run goes on with other data."""
         return self.index.digest
 
     @property

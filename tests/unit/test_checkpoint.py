@@ -179,6 +179,16 @@ def test_a_wrong_answer_is_no_damage(distant, file, fault):
     assert same(found, 100) and not told and proxy.times == 0
 
 
+def test_a_wrong_answer_does_not_cost_the_best(distant):
+    run, proxy = distant
+    best = save(run, 100)
+    checkpoint.set_best(run, best, {})
+    save(run, 200)
+    proxy.disturb(faults.WRONG, times=2, match="best.json")
+    checkpoint.prune(run, 1)
+    assert checkpoint.list_names(run) == [best, "000000000200"] and proxy.times == 0
+
+
 def test_a_large_file_may_come_slowly(distant):
     run, proxy = distant
     checkpoint.save(run, {"images_seen": 100}, {"optimizer": {"step": torch.zeros(500_000)}})
