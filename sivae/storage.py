@@ -259,16 +259,19 @@ class Folder:
         return await asyncio.gather(*map(read, requests), return_exceptions=True)
 
     def _fetch_local(self, name: str, start: int | None, stop: int | None):
+        kept = name in self._descriptors
         try:
             descriptor = self._descriptor(name)
-            if start is None:
-                start, stop = 0, os.fstat(descriptor).st_size
+            at, end = (0, os.fstat(descriptor).st_size) if start is None else (start, stop)
             parts = []
-            while start < stop and (part := os.pread(descriptor, stop - start, start)):
+            while at < end and (part := os.pread(descriptor, end - at, at)):
                 parts.append(part)  # a network mount may hand out less than was asked
-                start += len(part)
+                at += len(part)
             return parts[0] if len(parts) == 1 else b"".join(parts)
         except OSError as error:
+            if error.errno == errno.ESTALE and kept:  # a network mount: the file was replaced, and is there by its name
+                os.close(self._descriptors.pop(name))
+                return self._fetch_local(name, start, stop)
             return error
 
     def _descriptor(self, name: str) -> int:

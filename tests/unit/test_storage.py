@@ -6,6 +6,7 @@ and that no error shows a credential.
     python -m pytest tests/unit/test_storage.py
 """
 
+import errno
 import importlib.util
 import os
 import pickle
@@ -156,6 +157,26 @@ def test_more_files_than_descriptors_are_kept(tmp_path):
     assert len(os.listdir("/proc/self/fd")) - before <= 256
     del folder
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_file_that_was_replaced_on_a_network_mount(tmp_path, monkeypatch):
+    """The descriptor of the one before is of no use there any more."""
+    folder, real = Folder(str(tmp_path)), os.pread
+    folder.write(b"before", "a")
+    assert folder.read_ranges([("a", 0, 3)], all_good) == ([b"bef"], [])
+    [old] = folder._descriptors.values()
+    inode = os.fstat(old).st_ino
+
+    def pread(descriptor, *place):
+        if os.fstat(descriptor).st_ino == inode:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(descriptor, *place)
+
+    monkeypatch.setattr(os, "pread", pread)
+    _, [(_, problem)] = folder.read_ranges([("a", 0, 3)], all_good)
+    assert problem.errno == errno.ESTALE
+    folder.write(b"after", "a")
+    assert folder.read_ranges([("a", 0, 3), ("a", None, None)], all_good) == ([b"aft", b"after"], [])
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):
