@@ -99,8 +99,13 @@ class ShardReader:
         self.folder, self.index, self.cache = folder, index, cache
         sizes = [shard.size_bytes for shard in index.shards]
         mixed_bytes = min(sum(sizes), mixed_shards * sum(sizes) / len(sizes))
-        self.in_blocks = not folder.is_local and (cache is not None or mixed_bytes <= MEMORY_BYTES)
-        self.starts = block_starts(index) if self.in_blocks else None
+        self.starts = block_starts(index)
+        if cache is None:
+            pays = mixed_bytes <= MEMORY_BYTES
+        else:  # a block that is gone again when the next of its samples is wanted is read whole for one
+            gone = 1 - min(1, cache.limit_bytes / mixed_bytes)
+            pays = gone * index.count <= len(self.starts)
+        self.in_blocks = not folder.is_local and pays
         self.memory: OrderedDict[int, bytes] = OrderedDict()
         self.memory_bytes = 0
         self.corrupt: dict[int, Corrupt] = {}  # once found, a sample is not tried again by this reader

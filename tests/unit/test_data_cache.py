@@ -484,6 +484,18 @@ def test_a_cache_that_is_too_small_changes_nothing(proxy, folder, tmp_path, want
     assert len(proxy.reads()) > num_blocks(folder)
 
 
+@pytest.mark.parametrize("limit", [1, 20_000])
+def test_a_cache_that_keeps_next_to_nothing_costs_nothing(proxy, folder, tmp_path, wanted, limit, monkeypatch):
+    """No block is read for each of its samples again."""
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 10_000)
+    stream = open_cached(proxy.url, tmp_path, limit, batch_size=1)
+    images = torch.cat([stream.at(position).images for position in range(COUNT)])
+    assert torch.equal(images, wanted[1, 1][0])
+    spans = [request.span.removeprefix("bytes=").split("-") for request in proxy.reads()]
+    asked = sum(int(last) + 1 - int(first) for first, last in spans)
+    assert asked <= sum(shard.size_bytes for shard in Index.load(Folder(folder)).shards)
+
+
 @pytest.mark.parametrize("crc32", [True, False])
 @pytest.mark.parametrize("fault", ["a flipped bit", "cut", "empty", "longer", "another block", "a folder"])
 def test_what_is_damaged_in_the_cache_is_fetched_again(folder, proxy, tmp_path, wanted, fault, crc32):
