@@ -10,7 +10,7 @@ communication  what an all-reduce of as many bytes takes by itself, when all ran
 waiting        what the collectives of the step took beyond that: the wait for the slowest rank
 data           reading and decoding that was not ready in time, images to the device
 
-On paper: gradients of each network go once a step through a ring (Patarasuk and Yuan, 2009); see ASSUMPTIONS.
+On paper: gradients of each network go once a step through rings (Patarasuk and Yuan, 2009); see ASSUMPTIONS.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ ASSUMPTIONS = f"""\
 Assumed: {GPU.upper()}s, each as fast as `sivae plan` expects of one (half the roofline, not measured); gradients of float32, all of them
 once a step; between the {NODE} GPUs of a node {LINKS["NVLink"] / 1e9:.0f} GB/s in each direction (NVLink), between nodes \
 {LINKS["InfiniBand"] / 1e9:.0f} GB/s for each GPU (400 Gb/s InfiniBand, a card a GPU), {LINK_SHARE:.0%} of which an all-reduce reaches;
-one ring through all GPUs for each network, which moves 2 (n - 1) / n of the bytes over its slowest link, in 2 (n - 1) messages of
-{HOP_SEC * 1e6:.0f} microseconds each; ranks whose step times vary by {SPREAD:.0%}, so that the slowest of n is sqrt(2 ln n) times that late; data that is
+as many rings through all GPUs as a node has cards, so that all carry their share between nodes, which move 2 (n - 1) / n of the bytes
+of each network, in 2 (n - 1) messages of {HOP_SEC * 1e6:.0f} microseconds each; ranks whose step times vary by {SPREAD:.0%}, so that the slowest of n is sqrt(2 ln n) times that late; data that is
 always there (docs/streaming.md has those sums). *One after the other*: gradients travel when a phase's backward pass is done, as
 the engines do it by default. *Overlapped*: they travel during it, the bound that no schedule of messages passes, in the longer step that
-`engine.overlap_reduction` makes, which shares no forward. NCCL's trees, which replace the ring where messages are many, are left out, so
-512 GPUs are rather judged too low."""
+`engine.overlap_reduction` makes, which shares no forward. NCCL's trees, which replace rings where messages are many, are left out, so
+512 GPUs are rather judged too low: there nearly all of the all-reduce is the time of its messages."""
 
 
 def work(batch_size: int, output: str) -> None:
@@ -189,8 +189,8 @@ def on_paper() -> list[str]:
 
 
 def paper_seconds(num_bytes: int, num_gpus: int) -> float:
-    """Ring all-reduces over the slowest link, of so many bytes together."""
-    link = LINKS["NVLink"] if num_gpus <= NODE else LINKS["InfiniBand"]
+    """Ring all-reduces of so many bytes together: a node sends by NVLink, or by all its cards at once."""
+    link = LINKS["NVLink"] if num_gpus <= NODE else min(LINKS["NVLink"], NODE * LINKS["InfiniBand"])
     return 2 * (num_gpus - 1) / num_gpus * num_bytes / (LINK_SHARE * link) + NUM_REDUCES * 2 * (num_gpus - 1) * HOP_SEC
 
 
@@ -211,7 +211,7 @@ def main() -> None:
     lines = [f"# Scaling: {time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}", ""]
     load = os.getloadavg()[0]
     lines += [
-        f"`python -m benchmarks.scaling`, medians of {options.rounds} rounds. Measured with a small convolutional model at 32 pixels, one"
+        f"`python -m benchmarks.scaling --rounds {options.rounds}`, medians. Measured with a small convolutional model at 32 pixels, one"
         f" thread a process, {'NCCL' if gpus else 'gloo over loopback'}; shares are those of rank 0's step. *Of what its processors"
         f" allow*: the speedup over the smaller of ranks and {places} {'GPUs' if gpus else 'cores'}. Where ranks are more than those,"
         " they take turns: that row shows what sharing costs, not how a larger machine scales. *Communication* is an all-reduce of the"

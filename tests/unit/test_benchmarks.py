@@ -96,10 +96,12 @@ def test_a_term_that_is_missing_or_not_a_number_differs():
 
 
 def test_seconds_of_a_ring():
-    """1 GB over 400 Gb/s at 80%, nearly twice; within a node over NVLink."""
+    """1 GB over the eight cards of a node, 400 Gb/s each, at 80%, nearly twice; within a node over NVLink."""
     messages = scaling.NUM_REDUCES * 2 * 511 * scaling.HOP_SEC
-    assert scaling.paper_seconds(10**9, 512) == pytest.approx(2 * 511 / 512 / 40 + messages)
-    assert scaling.paper_seconds(10**9, 8) < scaling.paper_seconds(10**9, 16) / 8
+    assert scaling.paper_seconds(10**9, 512) == pytest.approx(2 * 511 / 512 / (8 * 40) + messages)
+    assert scaling.paper_seconds(10**9, 8) == pytest.approx(
+        2 * 7 / 8 / 360 + scaling.NUM_REDUCES * 2 * 7 * scaling.HOP_SEC
+    )
     assert scaling.paper_seconds(10**9, 1) == 0
 
 
