@@ -36,6 +36,7 @@ from sivae.state import TrainingState, build_graphs, build_networks, build_objec
 from sivae.step import FiniteGate, Pass, train_step
 
 LR = 2e-4
+OUT_OF_MEMORY = 77  # what such a process ends with
 
 
 @dataclass
@@ -382,5 +383,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        print(error, file=sys.stderr)
+        distributed.end_process(OUT_OF_MEMORY)
     distributed.end_process(0)

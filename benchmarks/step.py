@@ -8,7 +8,8 @@ the case; in each round they take turns, so that a slow minute of the machine fa
 and ratios are medians of the ratios within a round. On a CPU the clock is that of the process, with one thread: what others
 use of the machine is not counted, though what they take from its caches is.
 
-Results are kept as step-MACHINE.json beside the table, so that cases can be measured one after the other.
+Results are kept as step-MACHINE.json beside the table, so that cases can be measured one after the other. A `note` that somebody
+writes into a case there is told below its table, until the case is measured again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from typing import Any
 import torch
 
 import sivae
+from benchmarks.contenders import OUT_OF_MEMORY
 from benchmarks.digits import machine
 from sivae.distributed import pick_device
 
@@ -148,6 +151,10 @@ def contenders(case: Case, wanted: list[str], device_type: str) -> list[Contende
     return found
 
 
+class DoesNotFit(RuntimeError):
+    """A contender wanted more memory than there is."""
+
+
 class Process:
     """A contender at work; `ask` sends one request and waits for its answer."""
 
@@ -167,8 +174,13 @@ class Process:
     def answer(self) -> Any:
         line = self.process.stdout.readline()
         if not line:
-            self.process.wait()
-            raise RuntimeError(f"{self.name} ended with code {self.process.returncode}; see {self.log.name}")
+            code = self.process.wait()
+            if code in (
+                OUT_OF_MEMORY,
+                -signal.SIGKILL,
+            ):  # as Linux ends a process when the memory of the machine is gone
+                raise DoesNotFit("more memory than there is")
+            raise RuntimeError(f"{self.name} ended with code {code}; see {self.log.name}")
         return json.loads(line)
 
     def ask(self, request: Any) -> Any:
@@ -191,18 +203,18 @@ def running(case: Case, contender: Contender, batch_size: int, options: argparse
         process.close()
 
 
-def largest_batch(case: Case, contender: Contender, options: argparse.Namespace) -> int:
-    """The largest power of two with which a step fits, tried in fresh processes."""
+def largest_batch(case: Case, contender: Contender, options: argparse.Namespace) -> tuple[int, str | None]:
+    """The largest power of two with which a step fits, tried in fresh processes, and what but memory ended the search."""
     fits, batch_size = 0, 1
     while True:
         try:
             with running(case, contender, batch_size, options) as process:
                 process.answer()
                 process.ask(2)
-        except RuntimeError:
+        except RuntimeError as error:
             if not fits:
                 raise
-            return fits
+            return fits, None if isinstance(error, DoesNotFit) else str(error)
         fits, batch_size = batch_size, 2 * batch_size
 
 
@@ -210,10 +222,11 @@ def start(
     case: Case, contender: Contender, options: argparse.Namespace, stack: ExitStack
 ) -> tuple[Process, dict[str, Any], int]:
     """A warm contender, what is known of it, and the steps of a round. Raises RuntimeError when it cannot take one."""
-    batch_size = case.batch_size or largest_batch(case, contender, options)
+    batch_size, limit = (case.batch_size, None) if case.batch_size else largest_batch(case, contender, options)
     process = stack.enter_context(running(case, contender, batch_size, options))
     process.answer()
     entry = {"batch_size": batch_size, "sec": [], "switches": contender.switches}
+    entry |= {"limit": limit} if limit else {}
     begin = time.monotonic()
     entry |= (
         {} if "compile" in contender.switches else process.ask("counts")
@@ -227,7 +240,7 @@ def start(
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """All contenders of a case, in turns. Times are seconds of a step by contender and round."""
-    found: dict[str, Any] = {"contenders": {}, "time": time.strftime("%Y-%m-%d"), "sivae": sivae.__version__, "torch": torch.__version__}  # fmt: skip
+    found: dict[str, Any] = {"contenders": {}, "time": time.strftime("%Y-%m-%d"), "sivae": sivae.__version__, "torch": torch.__version__, "left_out": {}}  # fmt: skip
     if case.family != "style":
         norm = ["model.norm=batch"] if case.family == "conv" else []
         asked = Contender("same losses", "same losses", (), [*SAME_MATHS, *norm])
@@ -244,6 +257,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
                 if not processes:  # the first is what the others are compared with
                     raise
                 print(f"{case.title}: {contender.name}: left out, {error}", file=sys.stderr)
+                found["left_out"][contender.name] = str(error)
                 continue
             processes[contender.name], found["contenders"][contender.name], num_steps[contender.name] = ready
             print(f"{case.title}: {contender.name}: ready, {num_steps[contender.name]} steps a round", file=sys.stderr)
@@ -263,10 +277,11 @@ def table(case: Case, found: dict[str, Any]) -> list[str]:
     entries = found["contenders"]
     first = next(iter(entries))
     batches = sorted({entry["batch_size"] for entry in entries.values()})
+    rounds = len(entries[first]["sec"])
     lines = [
         f"## {case.title}, batch {' and '.join(map(str, batches))}",
         "",
-        f"| {found['time']} | images/s | lowest to highest | against {first} | GiB beyond weights | GiB with them | GFLOP an image"
+        f"| {found['time']}, {rounds} round{'s' * (rounds > 1)} | images/s | lowest to highest | against {first} | GiB beyond weights | GiB with them | GFLOP an image"
         f" | GFLOP/s | of the {case.peak} peak |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -285,6 +300,14 @@ def table(case: Case, found: dict[str, Any]) -> list[str]:
             f"{rate / 1e9:,.0f}", f"{rate / peaks[f'{case.peak} {kind}']:.0%} of {kind}",
         ]  # fmt: skip
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    for what, reasons in (
+        ("Left out", found.get("left_out", {})),
+        ("No larger batch was tried", {name: entry["limit"] for name, entry in entries.items() if "limit" in entry}),
+    ):
+        if reasons:
+            lines += ["", f"{what}: {'; '.join(f'{name}, {reason}' for name, reason in reasons.items())}."]
+    if "note" in found:
+        lines += ["", found["note"]]
     if "losses" in found:
         worst = max(abs(theirs - ours) / abs(theirs) for theirs, ours in found["losses"].values())
         lines += [
@@ -359,24 +382,30 @@ HEAD = """\
 # A training step: ours and the published one, {machine}
 
 `python -m benchmarks.step` (sivae {sivae}, torch {torch}); in each table all rows took turns on one machine{clock}.
-Lowest and highest of the rounds tell how quiet the machine was.
+Lowest and highest of the rounds tell how quiet the machine was; of two rounds they are all that there is.
 *published*: the authors' step written anew operation by operation ([image and 2D](../published.py),
 [style](../published_style.py)), float32, with BatchNorm (images) and two Adams{tf32}. *ours*: the step of `sivae train` through its
 DeepSpeed engines, every switch off, with the recipe's GroupNorm and without the passes that the published `gamma_r` of 1e-8 asks
 for and rounding swallows; *maths as published* has BatchNorm and those passes too. *+ NAME*: with that switch alone; *+ all but
-NAME*: with all others. Memory: what tensors take at the highest in a step, beyond weights, optimizer and averages, and with them;
-ours keep an average of the weights, published only the style code does. FLOPs of
+NAME*: with all others. Memory: what tensors take at the highest in a step, beyond what lies there between steps, and with it:
+weights, optimizer, of ours an average of the weights (of published the style code alone has one), of published the gradients
+of the step before. FLOPs of
 products and convolutions are counted, of which the published style code makes more: it blurs by convolutions. The published 2D
-code also reconstructs from mu, to look at it only.
+code also reconstructs from mu, to look at it only.{kept}
 """
 
 
 def write(output: Path, stem: str, results: dict[str, Any], device: torch.device) -> None:
     (output / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
     clock = "; seconds of one CPU thread" if device.type == "cpu" else ""
+    kept = " Ours keep freed memory ([why](../../docs/speed.md)), published does not." if device.type == "cpu" else ""
     tf32 = "; torch lets a GPU round what its convolutions take to TF32" if device.type == "cuda" else ""
     found = next(iter(results.values()))
-    lines = [HEAD.format(machine=name_of(device), sivae=found["sivae"], torch=found["torch"], clock=clock, tf32=tf32)]
+    lines = [
+        HEAD.format(
+            machine=name_of(device), sivae=found["sivae"], torch=found["torch"], clock=clock, tf32=tf32, kept=kept
+        )
+    ]
     if "conv32" in results:
         lines += [*passes_table(results["conv32"]), ""]
     for name, case in CASES.items():

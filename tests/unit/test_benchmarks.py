@@ -7,6 +7,7 @@ pytest tests/unit/test_benchmarks.py
 import argparse
 import importlib
 import math
+import sys
 
 import pytest
 
@@ -32,6 +33,38 @@ def test_a_ratio_is_taken_within_a_round():
     # Names, images a second (10 in the median 2 seconds), from the slowest to the fastest, against the first, GiB, ...
     assert ours[2:7] == ["5.00", "5.00 to 20.0", "2.00x", "2.00", "3.00"]
     assert ours[9] == "10% of bfloat16"  # 0.4 GFLOP an image, 5 a second, of 20
+
+
+def test_the_table_of_steps_tells_its_rounds_what_is_missing_and_why():
+    found = {
+        "contenders": {"published": entry([1.0, 2.0]), "ours": entry([1.0, 2.0], limit="ours ended with code 1")},
+        "peaks": [{"convolution float32": 1e10}] * 2, "time": "today", "left_out": {"ours + compile": "ours + compile ended with code 1"},
+        "note": "Of before something.",
+    }  # fmt: skip
+    text = "\n".join(step.table(step.Case("conv", "cifar10", 10), found))
+    assert "| today, 2 rounds |" in text
+    assert "Left out: ours + compile, ours + compile ended with code 1." in text
+    assert "No larger batch was tried: ours, ours ended with code 1." in text
+    assert "\nOf before something.\n" in text
+
+
+@pytest.mark.parametrize(("ends_by", "told"), [(contenders.OUT_OF_MEMORY, None), (1, "code 1")])
+def test_only_memory_ends_the_search_for_the_largest_batch_silently(monkeypatch, tmp_path, ends_by, told):
+    """Contenders that take up to four images, and end with a code of their own at more."""
+    program = f"""
+import json, sys
+if json.loads(sys.argv[3])["batch_size"] > 4:
+    sys.exit({ends_by})
+for answer in ("ready", 1.0):
+    print(json.dumps(answer), flush=True)
+    sys.stdin.readline()
+"""
+    (tmp_path / "python").write_text(f"#!{sys.executable}\n{program}")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(step.sys, "executable", str(tmp_path / "python"))
+    options = argparse.Namespace(device="cpu", threads=1, log=str(tmp_path / "log"))
+    fits, limit = step.largest_batch(step.CASES["conv1024"], step.Contender("ours", "ours"), options)
+    assert fits == 4 and (told in limit if told else limit is None)
 
 
 def test_counted_passes_and_losses_of_the_first_step():
