@@ -140,7 +140,7 @@ def main() -> None:
         ("a step while a save is written", "during"), ("a step with a save that is waited for", "waits"),
     ]  # fmt: skip
     lines = [
-        "# Checkpoints in the background",
+        f"# Checkpoints in the background: {time.strftime('%Y-%m-%d')}",
         "",
         f"`python -m benchmarks.checkpoint --resolution {options.resolution} --batch-size {options.batch_size} --rounds {options.rounds}` on {machine()}"
         f"{'' if group.device.type == 'cpu' else ', ' + torch.cuda.get_device_name()}, torch {torch.__version__}, one thread for training,",
@@ -151,7 +151,7 @@ def main() -> None:
         "|---|---|---|---|---|",
         *(f"| {label} | {cells(middle[name], middle['normal'])} |" for label, name in rows),
         "",
-        f"From the copy's begin a checkpoint was published after {middle['writes'][0]:.1f} s, with {len(found['during'])} steps measured meanwhile.",
+        f"From the copy's begin a checkpoint was published after {middle['writes'][0]:.1f} s; {len(found['during'])} steps were measured meanwhile, of all rounds together.",
         "",
         f"What keeps Python's lock (optimizer.safetensors, {optimizer_bytes / 1e6:,.0f} MB; the longest that another thread had to wait):",
         "",

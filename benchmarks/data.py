@@ -14,7 +14,6 @@ import argparse
 import io
 import itertools
 import os
-import platform
 import resource
 import socket
 import statistics
@@ -32,6 +31,7 @@ from PIL import Image
 
 import sivae
 from benchmarks import photos
+from benchmarks.digits import machine
 from sivae.data import ImageStream
 from sivae.data.decode import DECODERS
 from sivae.data.pack import pack
@@ -201,12 +201,6 @@ def table(title: str, times: dict[str, float], base: str, sizes: dict[str, float
     return [*lines, ""]
 
 
-def machine() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
 def run(options: argparse.Namespace, work: str) -> str:
     source = os.path.join(work, f"photos-{options.images}")
     photos.make(source, options.images, 1024)
@@ -226,7 +220,7 @@ def run(options: argparse.Namespace, work: str) -> str:
         sizes[key] = int(index.size.sum()) / index.count
     lines = [
         "# The cost of feeding images", "",
-        f"Made by `python -m benchmarks.data` with sivae {sivae.__version__}, torch {torch.__version__}, on {machine()}.",
+        f"Made by `python -m benchmarks.data --images {options.images}` on {time.strftime('%Y-%m-%d')} with sivae {sivae.__version__}, torch {torch.__version__}, on {machine()}.",
         f"{options.images} images, batches of {BATCH}, median of {ROUNDS} rounds; CPU time of the reading process alone.", "",
     ]  # fmt: skip
     shards = {key: len(ImageStream(folder, batch_size=1).index.shards) for key, folder in sets.items()}
@@ -275,6 +269,12 @@ def main() -> None:
     parser.add_argument("--output", help="also write data.md into this folder")
     parser.add_argument("--peer", action="store_true", help="compare mosaicml-streaming, which must be installed")
     options = parser.parse_args()
+    if (
+        options.images < BATCH or options.images % BATCH
+    ):  # a row reads whole batches, and divides by the images asked for
+        parser.error(f"--images {options.images} is not a multiple of {BATCH}")
+    if options.output:
+        Path(options.output).mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         text = run(options, options.work or scratch)

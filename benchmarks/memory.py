@@ -91,7 +91,9 @@ def main() -> None:
         print(json.dumps(measure(settings_of(family, overrides), int(batch_size), options.steps)))
         return
 
-    head = HEAD.format(date=date.today(), machine=machine(), torch=torch.__version__)
+    Path(options.output).mkdir(parents=True, exist_ok=True)
+    first = "All are first steps. " if options.steps == 1 else ""
+    head = HEAD.format(date=date.today(), machine=machine(), torch=torch.__version__, steps=options.steps, first=first)
     rows = []
     for batch_size in options.batches:
         for family in options.families:
@@ -101,7 +103,7 @@ def main() -> None:
                     sys.executable, "-m", "benchmarks.memory", "--steps", str(options.steps), "--one", family, str(batch_size),
                     *overrides,
                 ]  # fmt: skip
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 found = json.loads(done.stdout.splitlines()[-1])
                 rows.append(
                     f"| {family} | {batch_size} | {name} | {expected / GIB:.2f} | {found['peak_bytes'] / GIB:.2f}"
@@ -115,7 +117,7 @@ def main() -> None:
 HEAD = """\
 # Memory of a training step at 1024 pixels: {date}, {machine}, torch {torch}
 
-`python -m benchmarks.memory`. Networks: those of [ffhq1024_conv](../../configs/ffhq1024_conv.yaml) and
+`python -m benchmarks.memory --steps {steps}`. {first}Networks: those of [ffhq1024_conv](../../configs/ffhq1024_conv.yaml) and
 [ffhq1024_style](../../configs/ffhq1024_style.yaml), this one at its last level. Real steps through the real engines, on the CPU.
 *Planned* is what `sivae plan` counts on shapes alone; *measured* what the step held at its highest beyond weights, optimizer
 and average. The resident set is the whole process. The time is that of a shared machine, and says only that a step runs.

@@ -4,7 +4,7 @@
 
 A digits run on two workers of a Ray of two raylets on this machine; a worker or a raylet is really killed. The parts: until the
 driver says who was lost, until all workers of the next group have joined, until the next logged step. Two settings of Ray for
-how soon a silent node counts as dead: its defaults, and half a second.
+how soon a silent node counts as dead: its defaults, and three looks half a second apart.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def measure(fault: str, variables: dict[str, str]) -> dict[str, float]:
                     pids = [int(pid) for pid in found[2].split(",")]
                 if "checkpoint 000000000480" in line:
                     break
+            else:
+                raise RuntimeError("the run ended before its third checkpoint")
             start = time.time()
             if fault == "worker":
                 os.kill(pids[-1], signal.SIGKILL)
@@ -87,6 +89,8 @@ def measure(fault: str, variables: dict[str, str]) -> dict[str, float]:
                     resumed = time.time()
                 elif "joined" in parts and "images/s" in line:
                     break
+            else:
+                raise RuntimeError(f"the run ended after the fault; seen by then: {', '.join(parts) or 'nothing'}")
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             first = next(line for line in lines if line["time"] > resumed)
             # The logged line is ten steps on; one step of them.
@@ -114,7 +118,7 @@ def main() -> None:
     lines = [
         f"# From a fault to the next step: {time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, Ray {ray.__version__}, torch {torch.__version__}",
         "",
-        f"`python -m benchmarks.recovery`, medians of {options.repeats}, in seconds. Two workers on two raylets of one machine, digits.",
+        f"`python -m benchmarks.recovery --repeats {options.repeats}`, medians, in seconds. Two workers on two raylets of one machine, digits.",
         "",
         "| killed | a silent node counts as dead | fault noticed | new workers started | state restored, one step | total |",
         "|---|---|---|---|---|---|",

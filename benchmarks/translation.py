@@ -99,9 +99,9 @@ def main() -> None:
         f"`python -m benchmarks.translation{more}`: {options.config}, {total:,} images,"
         f" {int(pairs.both_differ.sum()):,} pairs. Error: mean squared, values in [0, 1].",
         "",
-        "| | seed | error of translation after 1/4, 1/2, 3/4 and all of the run | error of reconstruction | LPIPS of translation"
-        " | process seconds |",
-        "|---|---|---|---|---|---|",
+        f"| | seed | error of translation after 1/4, 1/2, 3/4 and all of the run | error of reconstruction |{' LPIPS of translation |' if lpips else ''}"
+        " process seconds |",
+        "|---" * (6 if lpips else 5) + "|",
     ]
     grids = {"true (rows: content, columns: class)": pairs.tiles(pairs.true)}
     output = Path(options.output)
@@ -118,8 +118,8 @@ def main() -> None:
     print("\n".join(lines))
     copies = {"copying the content's image": pairs.images[:, None], "copying the class's image": pairs.images[None]}
     for name, copy in copies.items():
-        far = f"{pairs.distance(copy, lpips):.4f}" if lpips else ""
-        add(f"| {name} | | {pairs.error(copy.expand_as(pairs.true)):.5f} | | {far} | |")
+        far = f" {pairs.distance(copy, lpips):.4f} |" if lpips else ""
+        add(f"| {name} | | {pairs.error(copy.expand_as(pairs.true)):.5f} | |{far} |")
     for seed in options.seeds:
         for name, change in {"VAE": as_vae, base.objective.name: lambda settings: settings}.items():
             with tempfile.TemporaryDirectory() as folder:
@@ -137,8 +137,8 @@ def main() -> None:
                     cells = found[-1].translate(pairs.images[:ROWS], pairs.images[:ROWS])
                     grids[name] = pairs.tiles(found[-1].to_uint8(cells))
                 errors = " / ".join(f"{error:.5f}" for error, _, _ in judged)
-                far = f"{judged[-1][2]:.4f}" if lpips else "no weights"
-                add(f"| {name} | {seed} | {errors} | {judged[-1][1]:.5f} | {far} | {seconds:.0f} |")
+                far = f" {judged[-1][2]:.4f} |" if lpips else ""
+                add(f"| {name} | {seed} | {errors} | {judged[-1][1]:.5f} |{far} {seconds:.0f} |")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from benchmarks import contenders, loss_compare, scaling, step, toy2d
+from benchmarks import contenders, data, loss_compare, scaling, step, toy2d
 from sivae import config, distributed
 from tests.processes import ROOT
 
@@ -136,6 +136,16 @@ def test_seconds_of_a_ring():
         2 * 7 / 8 / 360 + scaling.NUM_REDUCES * 2 * 7 * scaling.HOP_SEC
     )
     assert scaling.paper_seconds(10**9, 1) == 0
+
+
+@pytest.mark.parametrize("images", ["0", "12"])
+def test_images_that_are_no_whole_batches_are_refused(images, monkeypatch, capsys):
+    """Whole batches are read and divided by the images asked for: 12 would count as four more than were read."""
+    monkeypatch.setattr(data.sys, "argv", ["data", "--images", images])
+    monkeypatch.setattr(data, "run", lambda options, work: "")
+    with pytest.raises(SystemExit):
+        data.main()
+    assert f"--images {images} is not a multiple of 8" in capsys.readouterr().err
 
 
 def cell(seed, images_seen, kl):
