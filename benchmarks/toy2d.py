@@ -183,7 +183,8 @@ def write_table(options: argparse.Namespace) -> None:
         "those of the published README, which gives one set for each density; as they blur a VAE, a row has a VAE with sharper ones.",
         "The last row is what a model would get that draws from the density itself. The published figures, of 5,000 points in 10,000 bins,",
         "are far from 0 there wherever the density is spread over many bins. A mode is covered that has a tenth of its fair share of the",
-        "points that are on modes; where few are, as of a blurred VAE, that says nothing.",
+        "points that are on modes; where few are, as of a blurred VAE, that says nothing. Pictures have exp(ELBO) above, each by its own scale, and",
+        "samples below, of one seed, and only the methods that were there when they were drawn.",
     ]  # fmt: skip
     for density in [*PAPER, "25gaussians"]:
         rows = [
