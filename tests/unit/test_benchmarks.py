@@ -91,6 +91,16 @@ def test_counted_passes_and_losses_of_the_first_step():
     assert memory["beyond"] > 9 * batch_size * 3 * 32**2 * 4
 
 
+def test_gradients_that_a_step_frees_count_as_freed():
+    """The published step holds its gradients until the next one frees them; its memory is the same however often it is measured."""
+    settings = config.load("configs/cifar10.yaml", [*SMALL, "model.norm=batch", *step.Contender("", "").settings])
+    with distributed.join("cpu") as group:
+        theirs = contenders.build("published", settings, 1, group)
+        theirs()
+        found = [contenders.memory(theirs, group.device)["beyond"] for _ in range(2)]
+    assert found[0] == found[1]
+
+
 def test_every_switch_alone_all_and_all_but_one():
     names = [contender.name for contender in step.contenders(step.CASES["conv256_b32"], list(step.SWITCHES), "cuda")]
     assert {"ours + tf32", "ours + compile", "ours + all", "ours + all but shared forward"} <= set(names)
