@@ -56,12 +56,13 @@ def judge(model: Model, real: torch.Tensor, train_mode: bool = False) -> tuple[f
     return frechet_distance(moments(samples.flatten(1).numpy()), moments(target.flatten(1).numpy())), error
 
 
-def machine() -> str:
-    """The processor's name and its cores, as Linux tells."""
+def machine(gpu: bool = False) -> str:
+    """The processor's name and its cores, as Linux tells; with `gpu` also the GPU that a run takes where there is one."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    found = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    return f"{found}, {torch.cuda.get_device_name()}" if gpu and torch.cuda.is_available() else found
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def main() -> None:
     real = real_stream.sample(range(len(real_stream))).images
     even, odd = real[::2].flatten(1).numpy() / 255, real[1::2].flatten(1).numpy() / 255
     lines = [
-        f"# Digits: {time.strftime('%Y-%m-%d')}, {machine()}, torch {torch.__version__}",
+        f"# Digits: {time.strftime('%Y-%m-%d')}, {machine(gpu=True)}, torch {torch.__version__}",
         "",
         f"`python -m benchmarks.digits`. Floor of the distance, between two halves of the real digits: {frechet_distance(moments(even), moments(odd)):.2f}.",
         "",

@@ -174,7 +174,7 @@ def write(options: argparse.Namespace, data: str, runs: Path) -> None:
                     grids[title] = torch.cat([grids.get(title, pictures[:COLUMNS]), again])
             print(f"seed {seed}, {name}: {took:.1f} minutes", flush=True)
     lines = [
-        f"# Outliers on digits: {time.strftime('%Y-%m-%d')}, {machine()}, torch {torch.__version__}",
+        f"# Outliers on digits: {time.strftime('%Y-%m-%d')}, {machine(gpu=True)}, torch {torch.__version__}",
         "",
         f"`python -m benchmarks.ood --seeds {' '.join(map(str, options.seeds))}`. A VAE and Soft-IntroVAE by configs/digits.yaml, {TOTAL_IMAGES:,} images; {len(digits)} digits"
         f" held out, as many outliers of each kind; {NUM_SAMPLES} latent draws. AUROC, mean over the seeds; in brackets"

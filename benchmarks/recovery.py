@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import signal
 import statistics
@@ -21,6 +20,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.digits import machine
 
 ROOT = Path(__file__).parents[1]
 QUICK = {
@@ -58,7 +59,7 @@ def measure(fault: str, variables: dict[str, str]) -> dict[str, float]:
         run = Path(folder) / "run"
         command = [
             sys.executable, "-u", "-m", "launch.train", "configs/digits.yaml", f"run.directory={run}", f"data.cache_dir={folder}/cache",
-            "data.num_workers=0", "run.checkpoint_images=160", "tracking.log_images=160", "tracking.tensorboard=false", "--workers", "2",
+            "data.num_workers=0", "run.device=cpu", "run.checkpoint_images=160", "tracking.log_images=160", "tracking.tensorboard=false", "--workers", "2",
             "--placement", "spread", "--address", address,
         ]  # fmt: skip
         driver = subprocess.Popen(
@@ -116,7 +117,7 @@ def main() -> None:
     import torch
 
     lines = [
-        f"# From a fault to the next step: {time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, Ray {ray.__version__}, torch {torch.__version__}",
+        f"# From a fault to the next step: {time.strftime('%Y-%m-%d')}, {machine()}, Ray {ray.__version__}, torch {torch.__version__}",
         "",
         f"`python -m benchmarks.recovery --repeats {options.repeats}`, medians, in seconds. Two workers on two raylets of one machine, digits.",
         "",

@@ -94,7 +94,7 @@ def main() -> None:
     lpips = features.open_lpips(options.lpips, base.model.resolution) if options.lpips else None
     more = f" --seeds {' '.join(map(str, options.seeds))}" + (f" --images {options.images}" if options.images else "")
     lines = [
-        f"# Translation: {time.strftime('%Y-%m-%d')}, {machine()}, torch {torch.__version__}",
+        f"# Translation: {time.strftime('%Y-%m-%d')}, {machine(gpu=True)}, torch {torch.__version__}",
         "",
         f"`python -m benchmarks.translation{more}`: {options.config}, {total:,} images,"
         f" {int(pairs.both_differ.sum()):,} pairs. Error: mean squared, values in [0, 1].",
