@@ -238,9 +238,8 @@ def memory(step: Callable[[], Any], device: torch.device) -> dict[str, int]:
         if type(found) in (Tensor, nn.Parameter):
             storage = found.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
-    for _ in range(
-        2
-    ):  # a profile knows the size of what is freed where a profile has seen it made: gradients of the step before
+    # Twice: of what is freed a profile knows the size only where one has seen it made, as the gradients of the step before.
+    for _ in range(2):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocations:
             step()
     return {"held": sum(storages.values()), "beyond": live_and_peak_bytes(allocations)[1]}
