@@ -11,7 +11,6 @@ import time
 
 import psutil
 import pytest
-import torch
 
 from tests.launch.conftest import (
     EVERY_IMAGES,
@@ -203,9 +202,11 @@ def test_the_dashboards_port_is_told_from_the_heads(start, small, head, tmp_path
     assert f"{port} is a web server, such as Ray's dashboard" in sentence
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose torch finds no GPU")
-def test_places_of_workers_that_could_not_start_come_free(start, small, tmp_path, tmp_path_factory, nothing_left):
+def test_places_of_workers_that_could_not_start_come_free(
+    start, small, tmp_path, tmp_path_factory, nothing_left, monkeypatch
+):
     """Ray has a GPU here and torch has none. The reason is told each time, and not that the GPU is taken."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "99")
     with ray_head(tmp_path_factory, "--num-cpus=1", "--num-gpus=1") as own:
         arguments = [*small(tmp_path / "run"), "--wait", "20", "--max-failures", "1", "--address", own.address]
         process = start(MODULE, arguments)
