@@ -34,7 +34,6 @@ from sivae.storage import Folder
 
 FOLDER = "evaluations"
 PUBLISHED_IMAGES, PUBLISHED_BATCH = 50_000, 32
-NO_TRUNCATION = "truncation_layers: without a truncation none is truncated; give a truncation, such as 0.7"
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,6 @@ class Evaluation:
             if getattr(protocol, name) < 1:
                 raise UserError(f"{name}: {getattr(protocol, name)} is not a number of images")
         check_truncation(protocol.truncation, protocol.truncation_layers)
-        if protocol.truncation == 1 and protocol.truncation_layers is not None:
-            raise UserError(NO_TRUNCATION)
         num_reals = len(stream) if protocol.num_reals is None else protocol.num_reals
         if not 1 <= num_reals <= len(stream):
             raise UserError(f"num_reals: {num_reals:,} real images are asked for; {stream.where} has {len(stream):,}")

@@ -316,6 +316,8 @@ def check_truncation(truncation: float, truncation_layers: int | None) -> None:
         raise UserError(f"truncation: {truncation} is not a number")
     if truncation_layers is not None and truncation_layers < 0:
         raise UserError(f"truncation_layers: {truncation_layers} is negative")
+    if truncation_layers is not None and truncation == 1:
+        raise UserError("truncation_layers: without a truncation none is truncated; give a truncation, such as 0.7")
 
 
 def run_of(path: str) -> tuple[str, str | None]:

@@ -38,10 +38,6 @@ def sample(options: argparse.Namespace) -> None:
         require_unused(
             options, ("truncation", "truncation_layers", "folder"), "goes without --truncation-sweep, which is one picture"
         )  # fmt: skip
-    require(
-        given(options.truncation, 1.0) != 1 or options.truncation_layers is None,
-        "--truncation-layers: without --truncation none is truncated; give --truncation, such as 0.7",
-    )
     model = load_model(options)
     require(len(model.sample_shape) == 3, "this model is not one of images")
     _require_label(options, model)

@@ -249,7 +249,7 @@ class EvaluateSettings(Section):
     truncation: float = Field(1.0, ge=0)
     """Psi, of a style model; 1 is none."""
     truncation_layers: int | None = Field(None, ge=0)
-    """Truncate in the first so many layers only; None in all."""
+    """Truncate in the first so many layers only; None in all. Only with a truncation other than 1."""
     mode: Literal["eval", "train"] = "eval"
     """BatchNorm with its running averages, or with the statistics of each batch."""
     protocol: Literal["published"] | None = None

@@ -494,7 +494,7 @@ BAD = [
     (["ood", "GREY", "--judge", "digits:#0", "--samples", "4"], "--samples: goes without --judge"),
     (["ood", "GREY", "--judge", "digits:#0", "--inlier-split", "all"], "--inlier-split: goes without --judge"),
     (["ood", "GREY", "--inlier", "digits:", "--outlier", "packed", "--score", "kl"], "--score: goes with --judge"),
-    (["sample", "GREY", "--truncation-layers", "2"], "--truncation-layers: without --truncation"),
+    (["sample", "GREY", "--truncation-layers", "2"], "truncation_layers: without a truncation"),
     (
         ["sample", "GREY", "--truncation-sweep", "3", "--truncation", "1"],
         "--truncation: goes without --truncation-sweep",

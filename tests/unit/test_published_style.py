@@ -124,7 +124,7 @@ def test_truncation_and_mixing_are_of_the_style_family_and_within_its_layers(tmp
     assert main(["sample", "ours", "--truncation", "0.5", "--truncation-layers", "-1"]) == 1
     assert "truncation_layers: -1 is negative" in capsys.readouterr().err
     assert main(["sample", "ours", "--truncation-layers", "4"]) == 1
-    assert "--truncation-layers: without --truncation none is truncated" in capsys.readouterr().err
+    assert "truncation_layers: without a truncation none is truncated" in capsys.readouterr().err
     for call in (lambda m: m.sample(2, truncation=0.5), lambda m: m.mix(a, b, 1)):
         with pytest.raises(UserError, match="a model of the conv family"):
             call(model_of("conv"))
