@@ -100,7 +100,7 @@ class Levels:
         stream = open_stream(
             **data.model_dump(), resolution=level.resolution, shrunk_from=model.resolution, num_channels=model.num_channels,
             batch_size=level.batch_size, rank=group.rank, world_size=group.world_size, seed=self.settings.run.seed,
-            pin_memory=group.device.type == "cuda", progress=group.is_main,
+            outage_sec=self.settings.run.outage_sec, pin_memory=group.device.type == "cuda", progress=group.is_main,
         )  # fmt: skip
         if model.num_classes and (stream.num_classes or 0) != model.num_classes:
             raise UserError(

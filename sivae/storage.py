@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
+import logging
 import os
 import posixpath
 import random
@@ -20,6 +22,8 @@ import fsspec.asyn
 
 from sivae.errors import UserError, shown
 
+logger = logging.getLogger("sivae")
+MAX_PAUSE_SEC = 15  # between attempts, before it is doubled at random
 MAX_OPEN_FILES = 256  # descriptors that one reader of local ranges keeps
 STUCK_SEC = 5  # beyond a time limit, until an event loop that does not even give up is left alone
 SLOWEST_BYTES_PER_SEC = 1e6  # of a whole file up or down: what it may need at that pace is added to its time limit
@@ -41,8 +45,9 @@ class Folder:
 
     storage_options: fsspec's (endpoint, credentials); None takes what the environment says. timeout_sec: how long one
     attempt may take, on transports that are asynchronous (s3, gs, http, abfs). retries: further attempts after the first,
-    waiting backoff_sec, then twice that, and so on, each up to doubled at random so that many ranks do not come back at
-    once. Local files are tried once.
+    waiting backoff_sec, then twice that, up to MAX_PAUSE_SEC, each up to doubled at random so that many ranks do not come
+    back at once. outage_sec: a store that does not answer is asked for at least so long, however soon each attempt fails,
+    but only once: until it answers again, what follows has the retries alone. Local files are tried once.
     """
 
     def __init__(
@@ -53,11 +58,13 @@ class Folder:
         timeout_sec: float = 60,
         retries: int = 4,
         backoff_sec: float = 0.5,
+        outage_sec: float = 0,
     ):
         url = os.fspath(url)
         self.url = url.rstrip("/") or url[:1]
         self.options = dict(storage_options or {})
         self.timeout_sec, self.retries, self.backoff_sec = timeout_sec, retries, backoff_sec
+        self.outage_sec, self._silent_since = outage_sec, None
         protocol = fsspec.utils.get_protocol(self.url)
         self.is_local, self.is_web = protocol in ("file", "local"), protocol in ("http", "https")
         self._opened, self._pid = None, None
@@ -70,7 +77,9 @@ class Folder:
     @property
     def patience_sec(self) -> float:
         """The longest that one `read_ranges` can take before it gives up."""
-        return self.attempts * self.timeout_sec + 2 * self.backoff_sec * (2 ** (self.attempts - 1) - 1)
+        pauses = sum(2 * self._pause_sec(attempt) for attempt in range(1, self.attempts))
+        outage = self.outage_sec + 2 * MAX_PAUSE_SEC + self.timeout_sec if self.outage_sec else 0
+        return max(self.attempts * self.timeout_sec + pauses, outage)
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
@@ -90,7 +99,7 @@ class Folder:
     def sibling(self, url: str) -> Folder:
         """Another folder, with the same options and patience."""
         settings = {"timeout_sec": self.timeout_sec, "retries": self.retries, "backoff_sec": self.backoff_sec}
-        return Folder(url, self.options, **settings)
+        return Folder(url, self.options, outage_sec=self.outage_sec, **settings)
 
     # Whole files; every failure is a UserError
 
@@ -218,17 +227,18 @@ class Folder:
         done: dict[int, bytes] = {}
         problems: dict = dict.fromkeys(range(len(ranges)))
         waiting = list(problems)
-        for attempt in range(self.attempts):
-            if attempt:
-                self._pause(attempt)
+        start = time.monotonic()
+        for attempt in itertools.count(1):
             for i, data in zip(waiting, self._fetch([ranges[i] for i in waiting])):
                 problems[i] = data if isinstance(data, Exception) else check(i, data)
                 if problems[i] is None:
                     done[i] = data
                     del problems[i]
-            waiting = [i for i, problem in problems.items() if not permanent(problem)]
+                    self._silent_since = None
+            waiting = [i for i, problem in problems.items() if self._tries_again(problem, attempt, start)]
             if not waiting:
                 break
+            self._pause(attempt)
         return [done.get(i, b"") for i in range(len(ranges))], sorted(problems.items(), key=lambda pair: pair[0])
 
     def _fetch(self, ranges: list[tuple]) -> list:
@@ -305,17 +315,42 @@ class Folder:
         """`timeout` is fsspec's own argument for waiting on its event loop; the other filesystems know none."""
         return {"timeout": self.timeout_sec + num_bytes / SLOWEST_BYTES_PER_SEC} if self.fs.async_impl else {}
 
+    def _tries_again(self, problem, attempt: int, start: float) -> bool:
+        """After so many attempts since `start`, the last of which ended with an exception or another problem."""
+        if permanent(problem):  # an answer
+            self._silent_since = None
+            return False
+        if attempt < self.attempts:
+            return True
+        answered = not isinstance(problem, Exception) or isinstance(problem, UserError) or lost(problem)
+        if self.is_local or answered:
+            return False
+        self._silent_since = min(start, self._silent_since or start)
+        left_sec = self._silent_since + self.outage_sec - time.monotonic()
+        if left_sec > 0 and attempt == self.attempts:
+            logger.warning(
+                "%s: no answer (%s), asking for another %.0f s", shown(self.url), self.reason(problem), left_sec
+            )
+        return left_sec > 0
+
+    def _pause_sec(self, attempt: int) -> float:
+        """The least of the pause after an attempt."""
+        return min(self.backoff_sec * 2 ** min(attempt - 1, 30), MAX_PAUSE_SEC)
+
     def _pause(self, attempt: int) -> None:
-        time.sleep(self.backoff_sec * 2 ** (attempt - 1) * (1 + random.random()))
+        time.sleep(self._pause_sec(attempt) * (1 + random.random()))
 
     def _guard(self, verb: str, work: Callable, *names: str):
-        for attempt in range(1, self.attempts + 1):
+        start = time.monotonic()
+        for attempt in itertools.count(1):
             try:
-                return work()
+                result = work()
+                self._silent_since = None
+                return result
             except UserError:
                 raise
             except Exception as error:  # noqa: BLE001 (drivers raise their own kinds; all become a sentence)
-                if attempt < self.attempts and not permanent(error):
+                if self._tries_again(error, attempt, start):
                     self._pause(attempt)
                     continue
                 where = shown(posixpath.join(self.url, *names))
@@ -354,6 +389,14 @@ def permanent(problem) -> bool:
     refused = isinstance(status, int) and 400 <= status < 500 and status not in (400, 403, 408, 425, 429)
     full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return refused or full or isinstance(problem, PERMANENT)
+
+
+def lost(error: Exception) -> bool:
+    """Whether an exception says that the bytes are not there, or no longer readable, rather than not to be had now."""
+    response = getattr(error.__cause__, "response", None)  # botocore's, which s3fs translates
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    past_end = 416 in (getattr(error, "status", None), getattr(error, "code", None)) or code in ("416", "InvalidRange")
+    return past_end or isinstance(error, FileNotFoundError) or getattr(error, "errno", None) == 5  # EIO: a bad sector
 
 
 def reason(error: BaseException) -> str:

@@ -151,6 +151,7 @@ class Trainer:
         """Train to the end, or until somebody asks to stop; True when interrupted."""
         total, tracking, run = self.settings.schedule.total_images, self.settings.tracking, self.settings.run
         self._greet()
+        self.folder.outage_sec = run.outage_sec
         if not self._grow():
             self._read_from_here()
         self.interval = Interval(self.images_seen)

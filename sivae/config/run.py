@@ -32,6 +32,9 @@ class RunSettings(Section):
     """How often `on_nonfinite: rollback` may return before the run stops."""
     init_from: str | None = None
     """Start from the weights of this model (folder or URL made by `sivae export` or `sivae import`); None starts anew."""
+    outage_sec: float = Field(300.0, ge=0)
+    """How long a run that is under way waits for a store of data or checkpoints that has stopped answering, at least five
+    attempts; then it ends with an error. At the start five attempts are all."""
     storage_options: dict[str, Any] | None = None
     """Passed to fsspec for `directory` (endpoint, credentials). Never written to disk."""
 
@@ -56,8 +59,8 @@ class DataSettings(Section):
     cache_bytes: int = Field(0, ge=0)
     """Keep so many bytes of remote shards in cache_dir, for all processes and runs of the node; 0 keeps none."""
     timeout_sec: float = Field(120.0, gt=0)
-    """How long one attempt at a read may take. After five attempts, or when a worker stays silent for longer than they
-    may take, the run stops with an error: it never hangs."""
+    """How long one attempt at a read may take. After five attempts and run.outage_sec, or when a worker stays silent for
+    longer than they may take, the run stops with an error: it never hangs."""
     storage_options: dict[str, Any] | None = None
     """Passed to fsspec for `url` (endpoint, credentials). Never written to disk."""
 

@@ -64,8 +64,8 @@ class ImageStream:
     `resolution` out of a set that is packed larger, elsewhere in each epoch; None does so where it is. on_corrupt: a sample that is damaged in
     storage raises, or another one, the same on every run, stands in for it. pin_memory: hand out page-locked tensors;
     without CUDA it does nothing. cache: where remote blocks are kept on this node; None keeps none.
-    storage_options: fsspec's. timeout_sec, retries: see Folder; a worker that takes longer than they allow and a
-    minute is given up.
+    storage_options: fsspec's. timeout_sec, retries, outage_sec: see Folder, the last for samples
+    and not for opening the set; a worker that takes longer than they allow and a minute is given up.
 
     Raises UserError on any setting that does not fit the set, and later when a sample cannot be read.
     """
@@ -90,10 +90,12 @@ class ImageStream:
         storage_options: dict | None = None,
         timeout_sec: float = 30,
         retries: int = 4,
+        outage_sec: float = 0,
     ):
         self.folder = Folder(url, storage_options, timeout_sec=timeout_sec, retries=retries)
         self.where = where = shown(self.folder.url)  # as errors name it
         whole = Index.load(self.folder)
+        self.folder.outage_sec = outage_sec
         self.index = index = whole.split(split, where)
         if batch_size < 1 or world_size < 1 or batch_size < world_size:
             raise UserError(

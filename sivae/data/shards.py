@@ -23,7 +23,7 @@ import numpy as np
 
 from sivae.data.cache import BlockCache
 from sivae.errors import UserError, shown
-from sivae.storage import Folder, permanent, reason
+from sivae.storage import Folder, lost, permanent, reason
 
 BLOCK_BYTES = 2**20  # samples are kept together in blocks of about this size; a larger sample is a block by itself
 MAX_GAP_BYTES = 128 * 1024  # reading over a gap this long is cheaper than another request
@@ -230,11 +230,14 @@ class ShardReader:
         problems = dict(problems)
         for i, (r, data) in enumerate(zip(ranges, found)):
             damage = problems.get(i)
-            tried = 1 if permanent(damage) else self.folder.attempts
+            once = permanent(damage) or self.folder.attempts == 1
+            tried = "" if once else f" (tried {self.folder.attempts} times)"
             if isinstance(damage, UserError):
                 raise damage
             if isinstance(damage, Exception):
                 if not lost(damage):
+                    if not once and self.folder.outage_sec:
+                        tried = f" (tried for {self.folder.outage_sec:g} s)"
                     raise self._error(UserError, r.samples[0], self.folder.reason(damage), tried)
                 damage = Damage(b"", dict.fromkeys(r.samples, said(damage)))
             if damage is not None:
@@ -275,8 +278,7 @@ class ShardReader:
         name, size_bytes = self.index.shards[shard].name, self.index.shards[shard].size_bytes
         return not self.folder.is_local and self.folder.size(name) == size_bytes
 
-    def _error(self, kind: type[UserError], sample: int, what: str, attempts: int) -> UserError:
-        tried = f" (tried {attempts} times)" if attempts > 1 else ""
+    def _error(self, kind: type[UserError], sample: int, what: str, tried: str) -> UserError:
         advice = "copy this shard from its origin again, or pack the set again"
         if kind is not Corrupt:
             advice = "check the network, the server and the credentials, and run again"
@@ -291,14 +293,6 @@ class ShardReader:
     def __setstate__(self, state):
         self.__dict__ = state
         self.lock = threading.Lock()
-
-
-def lost(error: Exception) -> bool:
-    """Whether an exception says that the bytes are not there, or no longer readable, rather than not to be had now."""
-    response = getattr(error.__cause__, "response", None)  # botocore's, which s3fs translates
-    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-    past_end = 416 in (getattr(error, "status", None), getattr(error, "code", None)) or code in ("416", "InvalidRange")
-    return past_end or isinstance(error, FileNotFoundError) or getattr(error, "errno", None) == 5  # EIO: a bad sector
 
 
 def said(error: Exception) -> str:

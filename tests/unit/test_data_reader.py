@@ -652,6 +652,15 @@ def test_faults_heal(networks, images, transport, fault):
     assert proxy.times == 0 or transport == "s3"  # whose driver asks again by itself, each range as it fails
 
 
+def test_an_outage_heals(networks, images):
+    """Where the attempts alone would not be enough for seven shards."""
+    proxy, stream = stream_through(networks, "http", retries=1, outage_sec=60)
+    proxy.disturb(faults.ERROR_503, times=30)
+    batch = stream.at(0)
+    check(stream, images, 0, batch.images, batch.labels)
+    assert proxy.times == 0
+
+
 S3_FAULTS = (
     faults.CUT, faults.STALL, faults.SHORT, faults.ERROR_500, faults.FORBIDDEN_403, faults.WHOLE_FILE, faults.WRONG,
 )  # fmt: skip

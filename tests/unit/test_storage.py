@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 
@@ -135,6 +136,9 @@ def test_ranges(folder):
     assert found == [bytes([3, 4, 5, 6]), b"", b"", bytes(range(100))]
     assert problems[0] == (1, "wrong") and isinstance(problems[1][1], FileNotFoundError) and len(problems) == 2
     assert seen.count(1) == folder.attempts and seen.count(0) == 1, "only what is wrong is asked for again"
+    folder.outage_sec, start = 60, time.monotonic()
+    folder.read_ranges([("a", 200, 210), ("a", 0, 2)], lambda i, data: "wrong")
+    assert time.monotonic() - start < SLACK_SEC, "what a store answers is no outage"
     folder.backoff_sec, start = 10, time.monotonic()
     folder.read_ranges([("a", 3, 7), ("b", 0, 1)], all_good)
     assert time.monotonic() - start < 5, "what is good or cannot be helped is not waited for"
@@ -311,6 +315,32 @@ def test_a_server_that_is_killed_and_comes_back(files):
     finally:
         files.start(wait=False)
     assert folder.read("sub", "b") == b"b", "the connection that was open is not what is asked again"
+
+
+def test_an_outage_is_waited_for_once(files, caplog):
+    """Longer than the attempts take, but not for ever, and not again by what comes after."""
+    folder = Folder(files.url, timeout_sec=5, retries=1, backoff_sec=0.01, outage_sec=30)
+    files.kill()
+    back = threading.Timer(1.0, files.start, kwargs={"wait": False})
+    back.start()
+    assert folder.read("sub", "b") == b"b" and folder.read_ranges([("a.tar", 0, 2)], lambda i, data: None)[0] == [
+        b"\0\1"
+    ]
+    back.join()
+    (line,) = caplog.messages
+    assert line.startswith(f"{files.url}: no answer (") and line.endswith("asking for another 30 s")
+    folder.outage_sec = 0.5
+    files.kill()
+    try:
+        start = time.monotonic()
+        problems = folder.read_ranges([("a.tar", 0, 2)], lambda i, data: None)[1]
+        assert len(problems) == 1 and 0.5 <= time.monotonic() - start < folder.patience_sec + SLACK_SEC
+        start = time.monotonic()
+        with pytest.raises(UserError, match="tried 2 times"):
+            folder.read("sub", "b")
+        assert time.monotonic() - start < 0.5
+    finally:
+        files.start(wait=False)
 
 
 # Credentials

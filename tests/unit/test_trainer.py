@@ -7,6 +7,8 @@ import json
 import math
 import shutil
 import sys
+import threading
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from sivae.step import FiniteGate, Pass, train_step
 from sivae.storage import Folder
 from tests.host_reads import HostReads
 from tests.processes import finished
+from tests.proxy import ERROR_503, Proxy, address, object_store, s3_options
 
 SECRET = "hidden-secret"
 
@@ -566,3 +569,36 @@ def test_training_between_two_log_lines_reads_nothing_back(run, monkeypatch, ove
     steps = (3, 5, 6, 7) if "engine.zero_stage=3" in overrides else (1, 2, 3, 5, 6, 7)
     assert [found[step] for step in steps] == [expected] * len(steps)
     assert found[4] != expected, "a log line reads"
+
+
+def test_a_store_that_is_away_for_a_while(cache_dir, monkeypatch, caplog):
+    """Longer than the attempts take: a checkpoint waits for it, and training ends as if nothing had been."""
+    monkeypatch.setitem(Folder.__init__.__kwdefaults__, "backoff_sec", 0.01)
+    with object_store("runs") as options:
+        proxy = Proxy(address(options))
+        through = s3_options(("127.0.0.1", proxy.port)) | {"config_kwargs": {"retries": {"max_attempts": 0}}}
+        settings = config.load("configs/digits.yaml", [
+            "run.directory=s3://runs/run", f"run.storage_options={json.dumps(through)}", f"data.cache_dir={cache_dir}",
+            "data.num_workers=0", "model.channels=[8,16]", "model.latent_dim=4", "schedule.total_images=64",
+            "run.checkpoint_images=32", "tracking.log_images=32", "tracking.progress=false", "tracking.tensorboard=false",
+        ])  # fmt: skip
+
+        def asked_on() -> bool:
+            return any("no answer" in message for message in caplog.messages)
+
+        def come_back() -> None:
+            while not asked_on() and threading.main_thread().is_alive():
+                time.sleep(0.05)
+            proxy.behave()
+
+        away = threading.Thread(target=come_back, daemon=True)
+
+        def report(metrics, name):
+            if away.ident is None:
+                proxy.disturb(ERROR_503, match="", method=None)
+                away.start()
+
+        result = trainer.train(settings, report)
+        away.join()
+        proxy.close()
+        assert asked_on() and result.images_seen == 64 and result.checkpoint == "000000000064"
