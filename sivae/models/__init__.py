@@ -28,8 +28,8 @@ class Networks(NamedTuple):
 
 
 def build(family: str, seed: int = 0, **fields) -> Networks:
-    """Encoder and decoder of a family. The weights are a function of `seed` alone: the caller's generator is untouched."""
+    """Encoder and decoder of a family. The weights are a function of `seed` alone: the caller's generators are untouched."""
     encoder, decoder = FAMILIES[family]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' too
         return Networks(encoder(**fields), decoder(**fields))

@@ -191,10 +191,11 @@ def test_weights_are_a_function_of_the_seed(family):
     assert not torch.equal(weights(4), first)
 
 
-def test_building_leaves_the_global_generator_alone():
+def test_building_leaves_the_global_generators_alone(monkeypatch):
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds the GPUs' generators"))
     conv()
     assert torch.equal(torch.rand(3), expected)
 
