@@ -201,15 +201,11 @@ class Engine:
 
     def optimizer_state_dict(self, main_only: bool = False) -> dict[str, Tensor]:
         """`MOMENT.PARAMETER` -> float32 tensor on the CPU, and `step`."""
-        adam, state = self._adam(), {}
+        state = {}
         with self._thawed() as ds:
             for moment in MOMENTS:
-                if self.zero_stage == 0:
-                    tensors = [adam.state[p][moment] for p in self.network.parameters()]
-                elif self.zero_stage == 3:
-                    tensors = [ds.safe_get_local_optimizer_state(p, moment) for p in self.network.parameters()]
-                else:
-                    tensors = [ds.safe_get_full_optimizer_state(p, moment) for p in self.network.parameters()]
+                # ZeRO 1 and 2 make whole ones on the device, so not all at once.
+                tensors = (self._get_moment(ds, parameter, moment) for parameter in self.network.parameters())
                 state |= {f"{moment}.{name}": tensor for name, tensor in self._gather(tensors, main_only).items()}
         # Not Adam's own count: a level of detail that is not in use yet has taken no step.
         return state | {"step": torch.tensor(float(self.num_steps))}
@@ -274,6 +270,13 @@ class Engine:
         for parameter, requires_grad in zip(self.network.parameters(), before):
             parameter.requires_grad_(requires_grad)
 
+    def _get_moment(self, ds: Any, parameter: nn.Parameter, moment: str) -> Tensor:
+        """All of it, or this rank's flat shard under ZeRO 3."""
+        if self.zero_stage == 0:
+            return self._adam().state[parameter][moment]
+        get = ds.safe_get_local_optimizer_state if self.zero_stage == 3 else ds.safe_get_full_optimizer_state
+        return get(parameter, moment)
+
     def _set_moment(self, ds: Any, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
         if self.zero_stage == 0:
             self._adam().state[parameter][moment].copy_(value)
@@ -308,7 +311,7 @@ class Engine:
         wanted = self.group.is_main or not main_only
         return {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items() if wanted}
 
-    def _gather(self, tensors: list[Tensor], main_only: bool) -> dict[str, Tensor]:
+    def _gather(self, tensors: Iterable[Tensor], main_only: bool) -> dict[str, Tensor]:
         """Whole CPU copies by parameter name of what `_live` would list."""
         whole = {}
         # From a GPU one after the other, and the host waits once. Pinned memory is kept by torch for the next time.
