@@ -50,9 +50,11 @@ def run(path: str | None, overrides: list[str]) -> int:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
+            # Not torch's own answer, which is of the current GPU, and yes where bfloat16 is emulated.
+            bfloat16 = bool(torch.version.hip) or properties.major >= 8
             line(
                 True,
-                f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, bfloat16 {torch.cuda.is_bf16_supported()}",
+                f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, bfloat16 {bfloat16}",
             )
     else:
         built = torch.version.cuda or torch.version.hip

@@ -12,6 +12,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -554,6 +555,20 @@ def test_bad_input_is_one_sentence(models, here, capsys, arguments, part):
     arguments = [models.get(argument.lower(), argument) if argument.isupper() else argument for argument in arguments]
     assert part in failed(arguments, capsys)
     assert not Path("ours").exists() and not list(here.glob("*ations.png")) and not Path("samples.png").exists()
+
+
+def test_doctor_does_not_call_emulated_bfloat16_supported(capsys, monkeypatch):
+    """torch does, and asks the current GPU alone."""
+    made = [SimpleNamespace(name=name, total_memory=2**34, major=major) for name, major in (("V100", 7), ("A100", 8))]
+    for name, value in (
+        ("is_available", lambda: True), ("is_bf16_supported", lambda: True), ("device_count", lambda: len(made)),
+        ("get_device_properties", made.__getitem__),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr("sivae.doctor.product_speeds", lambda device: {"float32": 1e11, "bfloat16": 1e11})
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "V100, 16 GiB, bfloat16 False" in told and "A100, 16 GiB, bfloat16 True" in told
 
 
 def test_a_gpu_that_is_not_there_is_told_of_by_the_commands_option(models, here, capsys, monkeypatch):
