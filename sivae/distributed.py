@@ -181,8 +181,9 @@ def pick_device(choice: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()};"
-            " start as many processes per node as it has GPUs"
+            f"local rank {local_rank} has no GPU of its own: this process is shown {torch.cuda.device_count()};"
+            " start as many processes per node as it has GPUs, and show each of them all (CUDA_VISIBLE_DEVICES, or"
+            " Slurm's --gpus-per-node, not --gpus-per-task)"
         )
     return torch.device("cuda", local_rank)
 

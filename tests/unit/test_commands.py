@@ -576,6 +576,11 @@ def test_a_gpu_that_is_not_there_is_told_of_by_the_commands_option(models, here,
     for arguments in (["sample", models["grey"]], ["evaluate", models["grey"], "--data", "set", "--metrics", "mse"]):
         told = failed([*arguments, "--device", "cuda"], capsys)
         assert told.startswith("cuda is asked for (by --device, or run.device of a config), but torch sees no GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    told = failed([*arguments, "--device", "cuda"], capsys)
+    assert "this process is shown 1" in told and "show each of them all" in told
 
 
 @pytest.mark.parametrize("network", ["encoder", "decoder"])
