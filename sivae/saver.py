@@ -2,7 +2,8 @@
 
 Training waits while the state is copied, not while it is written. The copy is held until it is published and a second save
 first waits for that, so rank 0's host needs memory for one copy: four times the weights in float32 (weights, average and two
-moments), and bootstrap's target. On a GPU it is pinned memory, which torch keeps for the next one.
+moments), and bootstrap's target. On a GPU it is pinned memory: torch rounds each tensor's up to a power of two, so that it may take
+up to twice as much, and keeps it for the next one.
 """
 
 from __future__ import annotations
