@@ -358,7 +358,7 @@ def _check_names(state: dict[str, Tensor], expected: list[str]) -> None:
 def _import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, quiet, without compiling anything. On import it probes compilers and prints; that goes to the debug log."""
     level = logging.DEBUG if os.environ.get("SIVAE_DEBUG") else logging.ERROR
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ["DS_ACCELERATOR"] = device.type  # it may still name the one that DeepSpeed was installed for
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     # DeepSpeed calls collectives by names that newer torch renames.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -469,8 +469,12 @@ def test_the_points_of_a_life_without_a_checkpoint_are_not_shown(run, tmp_path):
     assert [event.step for event in log.Scalars("terms/rec")] == [32]
 
 
-def test_a_compiled_run_can_begin(tmp_path):
-    """Nothing is compiled before the first step. In a process of its own: here others may have imported what it needs."""
+def test_a_compiled_run_can_begin(tmp_path, monkeypatch):
+    """Nothing is compiled before the first step. In a process of its own: here others may have imported what it needs.
+
+    DeepSpeed has the run's device, also where the environment still names the one that it was installed for.
+    """
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     code = (
         "from sivae import config, distributed; from sivae.state import TrainingState\n"
         f"settings = config.load('configs/digits.yaml', ['run.directory={tmp_path}', 'engine.compile=true'])\n"
