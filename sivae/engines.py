@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from sivae import cpu_adam
 from sivae.distributed import Group
+from sivae.errors import UserError
 from sivae.objectives import Phase
 from sivae.profiling import span
 
@@ -366,6 +367,11 @@ def _import_deepspeed(device: torch.device) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(level)
+    if (before := deepspeed.get_accelerator().device_name()) != device.type:
+        raise UserError(
+            f"run.device: this process trained on {before} before, where DeepSpeed stays; start another process for {device.type}",
+            shared=True,
+        )
     if device.type == "cpu":
         # The shared-memory all-reduce for CPUs is compiled on first use; a killed build leaves a lock that hangs later runs.
         # Where there are GPUs this list, which nobody reads there, would print a warning for each kernel that needs nvcc.

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 import sivae
-from sivae import checkpoint, config, distributed, images, inference, models, objectives, trainer
+from sivae import checkpoint, config, distributed, engines, images, inference, models, objectives, trainer
 from sivae.data import ImageStream
 from sivae.engines import Engine
 from sivae.errors import UserError
@@ -483,6 +483,14 @@ def test_a_compiled_run_can_begin(tmp_path, monkeypatch):
     )
     done = finished([sys.executable, "-c", code])
     assert done.returncode == 0 and done.stdout.strip().endswith("True")
+
+
+def test_a_process_that_trained_on_another_kind_of_device_says_so(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with distributed.join("cpu"):
+        engines._import_deepspeed(torch.device("cpu"))
+    with pytest.raises(UserError, match="trained on cpu before.*start another process"):
+        engines._import_deepspeed(torch.device("cuda", 0))
 
 
 @pytest.mark.slow  # a C++ compiler at work for a minute or two
