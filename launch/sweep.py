@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import fsspec
 import yaml
 
 from launch import cluster, sweep_spec
@@ -33,7 +34,7 @@ from sivae.errors import UserError
 from sivae.storage import Folder
 
 SAME_REQUEST_SEC = 1.0
-SPEC_FILE, TUNE_FOLDER = "sweep.yaml", "tune"
+SPEC_FILE, CONFIG_FILE, TUNE_FOLDER = "sweep.yaml", "base.yaml", "tune"
 FIRST_FILE = "tuner.pkl"  # of Tune's: before it is there, no trial has started
 
 
@@ -83,7 +84,8 @@ def sweep(options: argparse.Namespace) -> int:
     variables = environment(options.env)
     folder = Folder(spec.directory)
     with hold(folder):
-        refuse_another(folder, spec)
+        base = read_base(spec)
+        refuse_another(folder, spec, base)
         try:
             cluster.connect(options.address, variables, dashboard=True)
             signals.listen()
@@ -94,6 +96,9 @@ def sweep(options: argparse.Namespace) -> int:
         gpus = float(settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus()))
         together = concurrency(spec, gpus)
         folder.write(text_of(spec).encode(), SPEC_FILE)
+        # Trials begin for days, and on other nodes: the file that they vary is the one of now.
+        folder.write(base, CONFIG_FILE)
+        spec = spec.model_copy(update={"config": f"{folder.url}/{CONFIG_FILE}"})
         tune_trials(spec, folder, gpus, together, options.cache_dir)
         if signals.asked.is_set():
             say("stopped; run the same command to go on")
@@ -123,14 +128,22 @@ def text_of(spec: Spec) -> str:
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
 
 
-def refuse_another(folder: Folder, spec: Spec) -> None:
-    """Raises UserError when trials of another sweep are in the directory."""
+def read_base(spec: Spec) -> bytes:
+    """The file that every trial varies."""
+    with fsspec.open(spec.config) as file:
+        return file.read()
+
+
+def refuse_another(folder: Folder, spec: Spec, base: bytes) -> None:
+    """Raises UserError when trials of another sweep are in the directory, or of one that varied another `base`."""
     if not (folder.exists(SPEC_FILE) and folder.exists(TUNE_FOLDER, FIRST_FILE)):
         return
-    text = folder.read(SPEC_FILE).decode()
-    if text != text_of(spec):
-        before, now = yaml.safe_load(text), spec.model_dump(mode="json")
-        different = [key for key in now if before.get(key) != now[key]]
+    before, now = yaml.safe_load(folder.read(SPEC_FILE)), spec.model_dump(mode="json")
+    different = [key for key in now if before.get(key) != now[key]]
+    # (A sweep of an earlier version has no copy.)
+    if folder.exists(CONFIG_FILE) and yaml.safe_load(folder.read(CONFIG_FILE)) != yaml.safe_load(base):
+        different.append(f"what {spec.config} says")
+    if different:
         raise UserError(
             f"directory: {folder.url} holds another sweep ({', '.join(different)} {'differs' if len(different) == 1 else 'differ'}); set another directory, or"
             " undo the change to go on with that one"

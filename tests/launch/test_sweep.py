@@ -179,13 +179,21 @@ def _by_hand(path: str, values: dict, tmp_path) -> list[str]:
 
 
 def test_optuna_on_a_metric_of_the_trainer(start, spec_file, head, tmp_path, nothing_left):
+    """And whoever edits the config meanwhile changes no trial."""
+    edited = tmp_path / "edited.yaml"
+    edited.write_bytes((ROOT / "configs" / "digits.yaml").read_bytes())
     space = {"objective.beta_kl": {"loguniform": [0.1, 1.0]}, "model.norm": {"choice": ["group", "layer"]}}
-    path = spec_file(space, search="optuna", metric="terms/rec", trials=2, total=160)
+    path = spec_file(space, search="optuna", metric="terms/rec", trials=2, total=160, config=str(edited))
     process = start(MODULE, [path, "--address", head.address])
+    process.until(lambda: "trials at a time" in process.text, "room")
+    edited.write_text(edited.read_text().replace("beta_neg: 64.0", "beta_neg: 8.0"))
     assert process.wait(240) == 0, process.text
     found = trials(tmp_path)
     assert len(found) == 2 and all(0.1 <= trial.values["objective.beta_kl"] <= 1.0 for trial in found)
-    assert config.load(str(tmp_path / "sweep" / "best.yaml")).model.norm in ("group", "layer")
+    best = config.load(str(tmp_path / "sweep" / "best.yaml"))
+    assert best.model.norm in ("group", "layer") and best.objective.beta_neg == 64
+    for one in found:
+        assert config.load(str(tmp_path / "sweep" / "trials" / one.name / "config.yaml")).objective.beta_neg == 64
 
 
 def test_failed_trials_are_tried_again_when_the_same_command_runs_again(start, spec_file, head, tmp_path, nothing_left):
@@ -252,12 +260,17 @@ def catches(pid: int, number: signal.Signals) -> bool:
 def test_a_spec_is_kept_from_the_first_trial_on(spec_file, tmp_path):
     path, folder = spec_file({"objective.beta_kl": {"choice": [1.0]}}), Folder(str(tmp_path / "sweep"))
     first, other = sweep_spec.load(path), sweep_spec.load(path, ["workers=2"])
+    base = sweep.read_base(first)
     folder.write(sweep.text_of(first).encode(), sweep.SPEC_FILE)
-    sweep.refuse_another(folder, other)
+    sweep.refuse_another(folder, other, base)
     folder.write(b"", sweep.TUNE_FOLDER, sweep.FIRST_FILE)
-    sweep.refuse_another(folder, first)
+    sweep.refuse_another(folder, first, b"of a version that kept no copy")
+    folder.write(base, sweep.CONFIG_FILE)
+    sweep.refuse_another(folder, first, base + b"# a remark")
     with pytest.raises(UserError, match=r"holds another sweep \(workers differs\)"):
-        sweep.refuse_another(folder, other)
+        sweep.refuse_another(folder, other, base)
+    with pytest.raises(UserError, match=r"holds another sweep \(what .*digits.yaml says differs\)"):
+        sweep.refuse_another(folder, first, base.replace(b"beta_neg: 64.0", b"beta_neg: 8.0"))
 
 
 def test_a_directory_holds_one_sweep_at_a_time(start, spec_file, tmp_path, nothing_left):
