@@ -1,4 +1,5 @@
-"""Where the workers of a run and its driver leave word for each other: one small actor beside the driver.
+"""Where the workers of a run and its driver leave word for each other: one small actor beside the driver. Trials have one to
+tell their sweep.
 
 Orders go out through it (settings may hold credentials, so they stay out of what Ray keeps about a training run), and reports
 come back. A worker never waits for an answer to a report, so a slow driver does not slow the training.
@@ -37,13 +38,13 @@ class News:
 
 
 class Board:
-    def __init__(self, orders: Orders):
+    def __init__(self, orders: Orders | None):
         self._orders = orders
         self._stop = False
         self._dealt_with = 0
         self._news = News()
 
-    def orders(self) -> Orders:
+    def orders(self) -> Orders | None:
         return self._orders
 
     def join(self, rank: int, place: dict[str, Any]) -> None:
@@ -77,7 +78,7 @@ class Board:
         return news
 
 
-def open_board(orders: Orders) -> Any:
+def open_board(orders: Orders | None = None) -> Any:
     """A handle of a new board, on this process's own node: it goes when the driver goes, and with no other node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -173,12 +173,14 @@ def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_di
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else it prints tables of its own
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # tracebacks; they are kept in its own folder
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that fails at once reports nothing
     import logging
 
     from ray import tune
 
     from launch import sweep_watch, trial
+    from launch.board import open_board
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Consider boosting PBT performance")
@@ -187,10 +189,13 @@ def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_di
 
     numpy_random.seed(spec.seed)
     # Drivers of trials take no CPU slot, and stay on the head node, which is not taken away.
+    board = open_board()
     trainable = tune.with_resources(
-        tune.with_parameters(trial.run, spec=spec, gpus=gpus, cache_dir=cache_dir), {"node:__internal_head__": 1e-4}
+        tune.with_parameters(trial.run, spec=spec, gpus=gpus, cache_dir=cache_dir, board=board),
+        {"node:__internal_head__": 1e-4},
     )
     watch, stop = sweep_watch.Watch(spec, folder), sweep_watch.Stop()
+    sweep_watch.boards.append(board)
     where = dict(storage_path=folder.path if folder.is_local else folder.join())
     if not folder.is_local:
         from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -224,6 +229,7 @@ def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_di
             ),
         )  # fmt: skip
     tuner.fit()
+    watch.listen()
     if sweep_watch.fatal:
         raise UserError(sweep_watch.fatal[0])
 

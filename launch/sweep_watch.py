@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
+import time
 from typing import Any
 
-from ray import tune
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.tune import Stopper
 from ray.tune.experiment import Trial
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
 from launch.sweep_spec import Spec
 from launch.trial import may_be_mended, note_failure, read_failure
+from sivae.errors import UserError
 from sivae.storage import Folder
 
+LISTEN_SEC = 1.0
 fatal: list[str] = []  # why no trial of this process's sweep can succeed
+boards: list[Any] = []  # where the trials of this process's sweep leave word
 
 
 def say(text: str) -> None:
     print(f"launch.sweep: {text}", file=sys.stderr, flush=True)
 
 
-class Watch(tune.Callback):
-    """Tells a person what happens, and notices when no trial can succeed."""
+class Watch(TrialProgressCallback):
+    """Tells a person what happens, in place of Tune's own account, and notices when no trial can succeed."""
 
     def __init__(self, spec: Spec, folder: Folder):
+        super().__init__()
         self.spec, self.folder = spec, folder
         self.numbers: dict[str, int] = {}
+        self.next_look = 0.0
 
     def number(self, trial) -> int:
         return self.numbers.setdefault(trial.trial_id, len(self.numbers) + 1)
@@ -35,6 +44,22 @@ class Watch(tune.Callback):
         for one in sorted(trials, key=lambda other: other.trial_id):  # the same after an interruption
             self.number(one)
         say(f"trial {self.number(trial)} ({trial.trial_id}) starts: {shown(trial.config['point'])}")
+
+    def on_step_end(self, iteration, trials, **info):
+        if time.monotonic() >= self.next_look:
+            self.next_look = time.monotonic() + LISTEN_SEC
+            self.listen()
+
+    def listen(self):
+        """Tell what the trials have left on the board."""
+        for board in boards:
+            try:
+                lines = ray.get(board.news.remote(), timeout=30).lines
+            except RayError:
+                continue
+            for line in lines:
+                trial_id, _, text = line.partition(" ")
+                say(f"trial {self.numbers[trial_id]}: {text}")
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         if self.spec.metric in result:
@@ -49,10 +74,25 @@ class Watch(tune.Callback):
             if failed["all"]:
                 fatal.append(failed["sentence"])
 
+    def on_trial_recover(self, iteration, trials, trial, **info):
+        failures = f"failure {trial.run_metadata.num_failures} of at most {self.spec.max_failures}"
+        say(f"trial {self.number(trial)} {ended(trial)}; starting it again, {failures}")
+
     def on_trial_error(self, iteration, trials, trial, **info):
-        sentence = "was lost more often than max_failures allows"
+        sentence = f"{ended(trial)}, more often than max_failures allows"
         say(f"trial {self.number(trial)} {sentence}")
         note_failure(self.folder.folder("trials", trial.trial_id), f"the trial {sentence}", trial.config["point"])
+
+
+def ended(trial: Trial) -> str:
+    """How a trial's process ended when it left no word in the trial's folder, as a clause."""
+    with open(trial.pickled_error_file, "rb") as file:
+        error = pickle.load(file)
+    if isinstance(error, RayActorError):
+        return "was lost"
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    kind = "" if isinstance(cause, UserError) else f"{type(cause).__name__}: "
+    return f"ended with {kind}{' '.join(str(cause).split())[:500]}"
 
 
 class Stop(Stopper):

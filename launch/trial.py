@@ -24,8 +24,9 @@ from sivae.storage import Folder
 POINTER, LINEAGE, FAILED, HISTORY = "pointer.json", "lineage.json", "failed.json", "history.json"
 
 
-def run(config: dict[str, Any], spec: Spec, gpus: float, cache_dir: str | None) -> None:
-    """What Tune runs in a process of its own for each trial, and again after each pause. `config["point"]`: values by key path."""
+def run(config: dict[str, Any], spec: Spec, gpus: float, cache_dir: str | None, board: Any) -> None:
+    """What Tune runs in a process of its own for each trial, and again after each pause. `config["point"]`: values by key path;
+    `board`: where the sweep hears of what is said."""
     from ray import tune
 
     values = config["point"]
@@ -35,7 +36,7 @@ def run(config: dict[str, Any], spec: Spec, gpus: float, cache_dir: str | None) 
     try:
         folder.remove(FAILED)  # of an earlier try
         settings = spec.settings(values, folder.url)
-        Trial(trial_id, values, spec, settings, folder, gpus, cache_dir).go()
+        Trial(trial_id, values, spec, settings, folder, gpus, cache_dir, board).go()
     except (UserError, ConfigError) as error:
         # Not raised: Tune would try it again at once. Where that may help, it is tried when the sweep starts again.
         note_failure(folder, str(error), values, isinstance(error, NoMetric), isinstance(error, Diverged))
@@ -72,9 +73,10 @@ class Trial:
         folder: Folder,
         gpus: float,
         cache_dir: str | None,
+        board: Any,
     ):
         self.trial_id, self.values, self.spec, self.settings, self.folder = trial_id, values, spec, settings, folder
-        self.gpus, self.cache_dir = gpus, cache_dir
+        self.gpus, self.cache_dir, self.board = gpus, cache_dir, board
         self.reports_without = 0
         self.told: str | None = None
 
@@ -91,7 +93,7 @@ class Trial:
         names = checkpoint.list_names(self.folder)
         outcome = Run(
             self.settings, [self.spec.workers], need, Limits(wait_sec=600.0, max_failures=self.spec.max_failures),
-            say=lambda text: print(text, flush=True), on_report=self._report, cache_dir=self.cache_dir, lockstep=True, janitor=True,
+            say=lambda text: self.board.tell.remote(f"{self.trial_id} {text}"), on_report=self._report, cache_dir=self.cache_dir, lockstep=True, janitor=True,
             newest=names[-1] if names else None,
             restarted=True,  # by a sweep that was killed, perhaps, whose workers may live a little longer
         ).go()  # fmt: skip

@@ -140,8 +140,8 @@ def test_pbt_goes_on_from_the_better_trials_state(start, spec_file, head, tmp_pa
 
 
 def test_interrupted_twice_it_goes_on_with_the_same_trials(start, spec_file, tmp_path, nothing_left):
-    """SIGTERM in mid-trial, SIGKILL in mid-trial, then to the end: the trials are those of the spec, their weights those of runs
-    that nobody disturbed."""
+    """SIGTERM in mid-trial, SIGKILL in mid-trial, after one of a trial's own process, then to the end: the trials are those of the
+    spec, their weights those of runs that nobody disturbed."""
     path = spec_file({"objective.beta_kl": {"loguniform": [0.1, 1.0]}}, search="random", trials=2, total=960, seed=5)
     expected = [values["objective.beta_kl"] for values in sweep_spec.load(path).draw()]
     process = start(MODULE, [path])
@@ -153,6 +153,10 @@ def test_interrupted_twice_it_goes_on_with_the_same_trials(start, spec_file, tmp
     process = start(MODULE, [path])
     process.until(lambda: process.text.count(" images: frechet_pixels") >= 2, "two reports", timeout=240)
     assert "going on with the sweep" in process.text
+    process.until(lambda: ": sivae: resuming at" in process.text, "what a trial's worker says", timeout=60)
+    next(one for one in process.family() if "ray::ImplicitFunc" in " ".join(one.cmdline())).kill()
+    process.until(lambda: " was lost; starting it again, failure 1 of at most 3" in process.text, "its end", timeout=60)
+    assert "Traceback" not in process.text, process.text
     process.popen.kill()
     process.popen.wait()
     assert min(trial.images_seen for trial in trials(tmp_path)) < 960, "it was to happen in mid-trial"
