@@ -211,15 +211,18 @@ def _parallel(pyplot, spec: Spec, ranked: list[Trial], shade: dict[str, Any]):
             columns.append(
                 [(place(min(max(v, low), high)) - place(low)) / span if math.isfinite(v) else 1.0 for v in raw]
             )
-            ends = (_shown(float(low)), _shown(float(high)))
+            marks = [(0.0, _shown(float(low))), (1.0, _shown(float(high)))]
         else:
             kinds = sorted({str(value) for value in raw})
-            columns.append([kinds.index(str(value)) / max(1, len(kinds) - 1) for value in raw])
-            ends = (kinds[0], kinds[-1])
+            marks = [(index / max(1, len(kinds) - 1), kind) for index, kind in enumerate(kinds)]
+            columns.append([next(place for place, kind in marks if kind == str(value)) for value in raw])
         at = len(columns) - 1
         axes.axvline(at, color="0.6", lw=1)
-        axes.text(at, -0.03, ends[0], ha="center", va="top", fontsize=8)
-        axes.text(at, 1.03, ends[1], ha="center", va="bottom", fontsize=8)
+        for place, text in marks:
+            if place in (0.0, 1.0):
+                axes.text(at, place * 1.06 - 0.03, text, ha="center", va="bottom" if place else "top", fontsize=8)
+            else:
+                axes.text(at + 0.03, place, text, va="center", fontsize=8, zorder=4, bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 1})  # fmt: skip
     for index, trial in reversed(list(enumerate(ranked))):
         axes.plot(range(len(columns)), [column[index] for column in columns], color=shade[trial.name], lw=2.8 if index == 0 else 1.3, marker="o", ms=4, zorder=3 if index == 0 else 2)  # fmt: skip
     axes.set_xticks(range(len(axes_names)), [name.split(",")[0].replace(".", ".\n", 1) for name in axes_names])

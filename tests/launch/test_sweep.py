@@ -18,7 +18,7 @@ from PIL import Image
 
 from launch import sweep, sweep_spec, trial
 from launch.judge import judge
-from launch.sweep_report import Trial, read_trials, table
+from launch.sweep_report import Trial, _parallel, read_trials, table
 from sivae import config, run_directory
 from sivae.config import ConfigError
 from sivae.data.pack import pack
@@ -374,6 +374,20 @@ def test_the_table_has_the_values_that_a_trial_failed_with(spec_file, tmp_path):
         "| changed | 1 | 160 | 0.625 | failed: rec" in rows[0] and "| silent | | 0 | 0.75 | failed: no such" in rows[1]
     ), rows
     assert first.values == {"objective.beta_kl": 0.5}, "those of its last report"
+
+
+def test_every_choice_is_named_in_the_picture(spec_file):
+    from matplotlib import pyplot
+
+    spec = sweep_spec.load(spec_file({"model.channels": {"choice": [[8], [8, 8], [8, 16]]}}))
+    metrics = {"frechet_pixels": 1.0}
+    ranked = [
+        Trial(f"{number}", [{"images_seen": 160, "values": values, "metrics": metrics}], [], None)
+        for number, values in enumerate(spec.corners())
+    ]
+    figure = _parallel(pyplot, spec, ranked, {one.name: "k" for one in ranked})
+    assert {"[8]", "[8, 8]", "[8, 16]"} <= {text.get_text() for text in figure.axes[0].texts}
+    pyplot.close(figure)
 
 
 def test_a_run_on_pieces_of_larger_images_is_judged_on_such(small, tmp_path):
