@@ -31,6 +31,7 @@ from sivae import config
 from sivae.config import Config, ConfigError
 
 KINDS = ("choice", "uniform", "loguniform", "grid")
+OWN = ("run.directory", "run.checkpoint_images", "tracking.log_images", "tracking.progress")  # set for each trial
 JUDGED = (
     "frechet_pixels",
     "reconstruction_mse",
@@ -104,6 +105,8 @@ class Spec(Section):
         for key, how in self.space.items():
             if len(how) != 1 or next(iter(how)) not in KINDS:
                 raise ValueError(f"space.{key}: give one of {', '.join(KINDS)}, not {', '.join(how) or 'nothing'}")
+            if own := [path for path in key.split(",") if path.strip() in OWN]:
+                raise ValueError(f"space.{key}: {own[0].strip()} is set by the sweep for each trial; remove it")
             kind, values = next(iter(how.items()))
             if not values:
                 raise ValueError(f"space.{key}.{kind}: is empty")
@@ -246,6 +249,8 @@ def _sentence(item: dict[str, Any]) -> str:
         return f"{where}: unknown in a sweep; known are {', '.join(Spec.model_fields)}"
     if item["type"] == "missing":
         return f"{where}: is missing"
+    if len(item["loc"]) > 1 and item["loc"][0] == "space":
+        return f"space.{item['loc'][1]}: is written as in {{uniform: [0.1, 1.0]}}, with one of {', '.join(KINDS)}, not {item['input']!r}"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"

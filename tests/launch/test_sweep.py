@@ -376,6 +376,19 @@ def test_the_table_has_the_values_that_a_trial_failed_with(spec_file, tmp_path):
     assert first.values == {"objective.beta_kl": 0.5}, "those of its last report"
 
 
+@pytest.mark.parametrize(
+    "space, words",
+    [
+        ({"objective.beta_kl": "loguniform(0.1, 1.0)"}, r"space.objective.beta_kl: is written as in \{uniform: \[0.1"),
+        ({"objective.beta_kl": {"uniform": 0.5}}, r"space.objective.beta_kl: is written as in \{uniform: \[0.1"),
+        ({"objective.beta_kl, tracking.log_images": {"choice": [1, 2]}}, "tracking.log_images is set by the sweep"),
+    ],
+)
+def test_a_space_in_another_form_or_of_what_the_sweep_sets(spec_file, space, words):
+    with pytest.raises(ConfigError, match=words):
+        sweep_spec.load(spec_file(space))
+
+
 def test_every_choice_is_named_in_the_picture(spec_file):
     from matplotlib import pyplot
 
