@@ -32,11 +32,12 @@ GROW_PATIENCE = 2  # looks in a row that must find room for more workers
 @dataclass(frozen=True)
 class Limits:
     """`wait_sec`: how long to wait for room; `grow_sec`: how often to look for room for more workers; `max_failures`: how
-    many attempts may fail, -1 for any number."""
+    many attempts may fail, -1 for any number; `queue`: room that others use comes free, and is waited for as long as that takes."""
 
     wait_sec: float = 60.0
     grow_sec: float = 30.0
     max_failures: int = 8
+    queue: bool = False
 
 
 @dataclass
@@ -165,7 +166,8 @@ class Run:
         return max((number for number in self.sizes if number <= limit), default=self.sizes[0])
 
     def _wait(self, before: int, patience: float, demand: cluster.Demand) -> int | None:
-        start, told = time.monotonic(), False
+        start = lacking = time.monotonic()
+        told = False
         while True:
             if demand.met():
                 demand.close()  # what it holds is for the workers
@@ -174,13 +176,15 @@ class Run:
             free, total = (self.need.most([getattr(node, name) for node in found]) for name in ("free", "total"))
             fits = [number for number in self.sizes if number <= free]
             waited = time.monotonic() - start
+            queued = self.limits.queue and total >= self.sizes[0]
+            lacking = time.monotonic() if queued else lacking
             if fits and (fits[-1] >= before or waited >= min(SETTLE_SEC, patience)):
                 return fits[-1]
             if not fits:
                 demand.open()
             if self._stop.is_set():
                 return None
-            if not fits and waited >= patience:
+            if not fits and not queued and time.monotonic() - lacking >= patience:
                 rooms = ", ".join(f"{node.name}: {node.total}" for node in found) or "no node"
                 busy = f", of which {total - free} in use" if total - free else ""
                 how = "" if self.need.placement in ("pack", "spread") else f" under --placement {self.need.placement}"
@@ -190,7 +194,8 @@ class Run:
                 )
             if not told and waited > 3.0:
                 told = True
-                self.say(f"waiting up to {patience:g} seconds for room for {before} workers, there is room for {free}")
+                limit = " until others are done" if queued else f" up to {patience:g} seconds"
+                self.say(f"waiting{limit} for room for {before} workers, there is room for {free}")
             self._stop.wait(0.5)
 
     def demand(self, number: int) -> cluster.Demand:

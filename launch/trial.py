@@ -92,7 +92,7 @@ class Trial:
         need = cluster.Need(self.spec.cpus_per_worker, self.gpus)
         names = checkpoint.list_names(self.folder)
         outcome = Run(
-            self.settings, [self.spec.workers], need, Limits(wait_sec=600.0, max_failures=self.spec.max_failures),
+            self.settings, [self.spec.workers], need, Limits(wait_sec=600.0, max_failures=self.spec.max_failures, queue=True),
             say=lambda text: self.board.tell.remote(f"{self.trial_id} {text}"), on_report=self._report, cache_dir=self.cache_dir, lockstep=True, janitor=True,
             newest=names[-1] if names else None,
             restarted=True,  # by a sweep that was killed, perhaps, whose workers may live a little longer

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from launch import sweep, sweep_spec, trial
+from launch import cluster, run, sweep, sweep_spec, trial
 from launch.judge import judge
 from launch.sweep_report import Trial, _parallel, read_trials, table
 from sivae import config, run_directory
@@ -374,6 +375,23 @@ def test_the_table_has_the_values_that_a_trial_failed_with(spec_file, tmp_path):
         "| changed | 1 | 160 | 0.625 | failed: rec" in rows[0] and "| silent | | 0 | 0.75 | failed: no such" in rows[1]
     ), rows
     assert first.values == {"objective.beta_kl": 0.5}, "those of its last report"
+
+
+def test_a_trial_waits_for_room_that_others_use(monkeypatch):
+    """After a node was lost there are more trials than room: those that wait do not fail."""
+    free_at = time.monotonic() + 1.0
+    monkeypatch.setattr(run.cluster, "nodes", lambda need: [cluster.Node("one", int(time.monotonic() > free_at), 1)])
+    demand = SimpleNamespace(met=lambda: False, open=lambda: None)
+
+    def wait(workers: int, queue: bool) -> int:
+        limits = run.Limits(wait_sec=0.0, queue=queue)
+        return run.Run(None, [workers], cluster.Need(1, 0), limits)._wait(workers, 0.0, demand)
+
+    with pytest.raises(UserError, match="room for 1, of which 1 in use"):
+        wait(1, queue=False)
+    with pytest.raises(UserError, match="2 are asked for"):
+        wait(2, queue=True)
+    assert wait(1, queue=True) == 1
 
 
 @pytest.mark.parametrize(
