@@ -20,7 +20,8 @@ from sivae.errors import UserError
 SAME_REQUEST_SEC = (
     1.0  # a launcher may signal every process of a job, and the watcher hands it on as well; see sivae/signals.py
 )
-NOTHING_TRAINED = "stopped before anything was trained; run the same command to start"
+# Of this process: the one that it takes the place of may have saved checkpoints.
+NOTHING_TRAINED = "stopped while nothing was training; run the same command to go on"
 SHOWN = {
     "loss_encoder": "enc",
     "loss_decoder": "dec",

@@ -129,7 +129,7 @@ class Run:
             self.failures += 1
             self.on_failure(self.failures)
             limit = self.limits.max_failures
-            where = f"checkpoint {self.newest} is kept" if self.newest else "there was no checkpoint yet"
+            where = f"checkpoint {self.newest} is kept" if self.newest else "no new checkpoint was saved"
             if 0 <= limit < self.failures:
                 raise UserError(f"{fault}; gave up after {self.failures} failures (--max-failures {limit}), {where}")
             if self._stop.is_set():

@@ -213,6 +213,7 @@ def test_places_of_workers_that_could_not_start_come_free(
         assert process.wait() == 1
     assert process.text.count("the workers could not be started (RuntimeError: ") == 2, process.text
     assert "in use" not in process.text and "gave up after 2 failures" in process.text
+    assert "no new checkpoint was saved" in process.text, "an earlier driver may have saved some"
 
 
 @pytest.mark.parametrize("after_sec", [2.0, 5.0])
@@ -221,7 +222,8 @@ def test_asked_to_stop_while_it_starts(start, small, tmp_path, nothing_left, aft
     time.sleep(after_sec)
     process.popen.send_signal(signal.SIGTERM)
     assert process.wait() == 75, process.text
-    assert process.text.strip().splitlines()[-1].startswith("launch.train: stopped"), process.text
+    last = process.text.strip().splitlines()[-1]
+    assert last.startswith("launch.train: stopped") and last.endswith("run the same command to go on"), process.text
 
 
 def test_wrong_token(start, small, head, tmp_path, nothing_left):
