@@ -251,13 +251,14 @@ def _index(
 ) -> Index:
     recipe, source = shared.recipe, shared.source
     kept = [(job, records[job.name]) for job in jobs if records[job.name].key]
-    splits = dict.fromkeys(numbers, 0)
-    for job, record in kept:
-        splits[job.name.rpartition("-")[0]] += len(record.key)
-    skipped = tuple(line for job in jobs for line in records[job.name].skipped)
+    splits, skipped = dict.fromkeys(numbers, 0), {split: [] for split in numbers}
+    for job in jobs:
+        split = job.name.rpartition("-")[0]
+        splits[split] += len(records[job.name].key)
+        skipped[split] += records[job.name].skipped
     for split, count in splits.items():
         if not count:
-            raise UserError(f"no image of {split} can be read, the first: {skipped[0]}")
+            raise UserError(f"no image of {split} can be read, the first: {skipped[split][0]}")
 
     def column(name: str) -> np.ndarray:
         return np.array([value for _, record in kept for value in getattr(record.levels[level], name)], np.int64)
@@ -273,7 +274,7 @@ def _index(
         source=source.description,
         licence=source.licence if licence is None else licence,
         splits=splits,
-        skipped=skipped,
+        skipped=tuple(line for lines in skipped.values() for line in lines),
         shards=tuple(Shard(job.tar, record.levels[level].size_bytes, len(record.key)) for job, record in kept),
         key=[key for _, record in kept for key in record.key],
         offset=column("offset"),
