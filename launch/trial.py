@@ -16,7 +16,7 @@ from launch import cluster
 from launch.judge import judge
 from launch.run import Limits, Run
 from launch.sweep_spec import JUDGED, Spec
-from sivae import checkpoint
+from sivae import checkpoint, tracking
 from sivae.config import Config, ConfigError
 from sivae.errors import Diverged, UserError
 from sivae.storage import Folder
@@ -105,10 +105,10 @@ class Trial:
         names = checkpoint.list_names(self.folder)
         if not names or names[-1] == self.told:
             return
-        lines = [json.loads(line) for line in self.folder.read("metrics.jsonl").decode().splitlines()] if self.folder.exists("metrics.jsonl") else []  # fmt: skip
         images = images_of(names[-1])
-        metrics = next((line for line in reversed(lines) if line["images_seen"] <= images), {})
-        metrics = {name: value for name, value in metrics.items() if "/" in name}
+        data = self.folder.read("metrics.jsonl") if self.folder.exists("metrics.jsonl") else b""
+        lines = [line for line in tracking.read_lines(data) if line["images_seen"] <= images]
+        metrics = {name: value for name, value in lines[-1].items() if "/" in name} if lines else {}
         if metrics and images >= images_of(self.told or "0"):
             self._report(metrics, names[-1])
 

@@ -152,24 +152,31 @@ class Tracker:
                 metrics_file.close()
 
     def _keep_until(self, images_seen: int) -> None:
-        """Drop lines of metrics.jsonl from after the checkpoint: they will be made again. A line cut by a kill goes too."""
+        """Drop lines of metrics.jsonl from after the checkpoint: they will be made again. Damaged lines go too."""
         path = os.path.join(self.local, "metrics.jsonl")
         if not self.run.is_local and self.run.exists("metrics.jsonl"):
             with open(path, "wb") as file:
                 file.write(self.run.read("metrics.jsonl"))
         if not os.path.exists(path):
             return
-        kept = []
-        with open(path, encoding="utf-8", errors="replace") as file:  # a power cut can leave any bytes
-            for line in file:
-                try:
-                    if json.loads(line)["images_seen"] <= images_seen:
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    logger.debug("dropped a damaged line of %s", path)
+        with open(path, "rb") as file:
+            kept = [f"{json.dumps(line)}\n" for line in read_lines(file.read()) if line["images_seen"] <= images_seen]
         with open(f"{path}.part", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(f"{path}.part", path)
+
+
+def read_lines(data: bytes) -> Iterator[dict[str, Any]]:
+    """What metrics.jsonl tells, line by line, but for damaged lines: a kill can cut one, a power cut can leave any bytes."""
+    for line in data.splitlines():
+        try:
+            told = json.loads(line)
+        except ValueError:
+            told = None
+        if isinstance(told, dict) and isinstance(told.get("images_seen"), int):
+            yield told
+        else:
+            logger.debug("a damaged line of metrics.jsonl: %s", line)
 
 
 @contextmanager

@@ -421,6 +421,20 @@ def test_every_choice_is_named_in_the_picture(spec_file):
     pyplot.close(figure)
 
 
+def test_a_trial_that_was_killed_tells_its_last_checkpoint(tmp_path, monkeypatch):
+    """With what was told before it, by the lines of its metrics that a power cut has left whole."""
+    folder, told = Folder(str(tmp_path)), []
+    folder.write(b"{}", "checkpoints", "000000000320.0", "manifest.json")
+    lines = [json.dumps({"images_seen": images, "time": 1.0, "terms/rec": images / 10}) for images in (160, 320, 480)]
+    folder.write("\n".join([*lines, '{"images_se']).encode(), "metrics.jsonl")
+    killed = trial.Trial("one", {}, None, None, folder, 0.0, None)
+    monkeypatch.setattr(killed, "_report", lambda *report: told.append(report))
+    for known in (None, "000000000160.0", "000000000320.0", "000000000480.0"):
+        killed.told = known
+        killed._catch_up()
+    assert told == [({"terms/rec": 32.0}, "000000000320.0")] * 2
+
+
 def test_a_run_on_pieces_of_larger_images_is_judged_on_such(small, tmp_path):
     pack("digits:", str(tmp_path / "set"), resolution=20, num_workers=0, progress=False)
     arguments = [*small(tmp_path / "run", total=96), f"data.url={tmp_path / 'set'}", "data.random_crop=true"]
