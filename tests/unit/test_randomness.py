@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from sivae import randomness
 from sivae.augment import NUM_CALLS, NUM_UNIFORMS
 from sivae.objectives import Draws
-from sivae.randomness import augment_draws, fixed_latents, normal, seed_noise, step_draws, style_draws
+from sivae.randomness import augment_draws, fixed_latents, generator, normal, seed_noise, step_draws, style_draws
 
 CPU = torch.device("cpu")
 
@@ -184,7 +185,10 @@ def test_an_image_has_its_style_draws_whoever_asks():
     for numbers in (range(7, 8), range(1, 40, 3), range(0, 40, 8)):
         ours = vars(style(numbers))
         assert all(torch.equal(ours[name], whole[name][list(numbers)]) for name in whole if name != "augment")
-    assert not torch.equal(style(range(40), attempt=1).z_prior, whole["z_prior"])
+    other = style(range(40), attempt=1).z_prior
+    assert not torch.equal(other, whole["z_prior"])
+    mixed, again = ((z == z[:, :1]).all(2) for z in (whole["z_prior"], other))
+    assert not torch.equal(mixed, again), "nor where it mixes"
 
 
 def test_noise_is_a_function_of_seed_step_rank_and_attempt():
@@ -195,6 +199,9 @@ def test_noise_is_a_function_of_seed_step_rank_and_attempt():
     first = drawn(1, 2, 3, 4)
     assert torch.equal(drawn(1, 2, 3, 4), first)
     assert not any(torch.equal(drawn(*key), first) for key in ((0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)))
+    keys = [(1, 2), (0, 2), (1, 0), (1, 2, True)]
+    of_a_step = [tuple(torch.randn(3, generator=generator(*key)).tolist()) for key in keys]
+    assert len(set(of_a_step)) == len(keys), "of small models: of the seed, of the step, and of judging"
 
 
 def test_augmentation_has_uniforms_of_its_own_for_each_image():
@@ -205,3 +212,10 @@ def test_augmentation_has_uniforms_of_its_own_for_each_image():
     )
     assert torch.equal(augment_draws(5, range(3, 40, 4), CPU), whole[3:40:4])
     assert not torch.equal(augment_draws(5, range(400), CPU, attempt=1), whole)
+
+
+def test_no_uniform_is_rounded_up_to_1(monkeypatch):
+    """It would be an index past the end. One of 30 million is so near to 1 that float32 rounds it so."""
+    nearest = np.full((1, NUM_CALLS * NUM_UNIFORMS), 1 - 2.0**-53)
+    monkeypatch.setattr(randomness, "_uniform", lambda *key: nearest)
+    assert augment_draws(5, range(1), CPU).max() < 1
