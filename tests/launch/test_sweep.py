@@ -19,7 +19,7 @@ from PIL import Image
 
 from launch import cluster, run, sweep, sweep_spec, trial
 from launch.judge import judge
-from launch.sweep_report import Trial, _parallel, read_trials, table
+from launch.sweep_report import Trial, _parallel, read_trials, table, write
 from sivae import config, run_directory
 from sivae.config import ConfigError
 from sivae.data.pack import pack
@@ -323,6 +323,30 @@ def test_values_stay_inside_their_space(spec_file):
     assert clipped == {"point": {"objective.beta_kl": 1.0, "model.norm": "layer"}}
 
 
+def test_trials_are_drawn_as_the_file_says(spec_file):
+    space = {
+        "objective.beta_kl,objective.beta_rec": {"loguniform": [0.01, 100.0]},
+        "model.norm": {"grid": ["group", "layer"]},
+    }
+    spec = sweep_spec.load(spec_file(space, trials=100))
+    drawn = spec.draw()
+    assert [values["model.norm"] for values in drawn] == ["group", "layer"] * 100, "so often the whole grid"
+    small = sum(values["objective.beta_kl,objective.beta_rec"] < 1 for values in drawn)
+    assert 70 < small < 130, "half of 200 lie below the geometric mean, with a deviation of 7"
+    settings = spec.settings(drawn[0], "trials/one")
+    assert settings.objective.beta_kl == settings.objective.beta_rec == drawn[0]["objective.beta_kl,objective.beta_rec"]
+    assert settings.run.directory == "trials/one"
+    assert settings.run.checkpoint_images == settings.tracking.log_images == spec.report_images == 160
+    assert [spec.rounds(images) for images in (16, 192, 288, 320)] == [1, 1, 2, 2], (
+        "at ends of whole batches, not always 160"
+    )
+    assert sweep_spec.load(spec_file(space, trials=100, seed=1)).draw() != drawn
+    space["objective.beta_kl"] = {"choice": [0.5, 1.0, 2.0]}
+    del space["objective.beta_kl,objective.beta_rec"]
+    points = [tuple(values.values()) for values in sweep_spec.load(spec_file(space, search="grid")).draw()]
+    assert points == [(norm, beta) for norm in ("group", "layer") for beta in (0.5, 1.0, 2.0)]
+
+
 def test_local_paths_are_those_of_the_one_who_starts_the_sweep(spec_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overrides = ["evaluate.data=real", "evaluate.detectors.inception=nets/i.pt#sha256=00", "data.cache_dir=~/cache"]
@@ -419,6 +443,29 @@ def test_every_choice_is_named_in_the_picture(spec_file):
     figure = _parallel(pyplot, spec, ranked, {one.name: "k" for one in ranked})
     assert {"[8]", "[8, 8]", "[8, 16]"} <= {text.get_text() for text in figure.axes[0].texts}
     pyplot.close(figure)
+
+
+def test_the_best_is_the_last_report_of_a_trial_that_did_not_fail(spec_file, tmp_path):
+    space = {"model.norm": {"choice": ["group", "layer"]}, "objective.beta_kl": {"choice": [0.5]}}
+    spec = sweep_spec.load(spec_file(space, mode="max", metric="terms/rec"))
+    folder = Folder(str(tmp_path / "sweep"))
+    told = {"good": [9.0, 1.0], "middle": [0.0, 2.0], "bad": [1.0, 3.0], "lost": [1.0, math.nan], "failed": [0.0, 0.0]}
+    for name, values in told.items():
+        reports = [
+            {"rounds": number, "images_seen": 160 * number, "metrics": {"terms/rec": -value},
+             "values": {"model.norm": "layer" if name == "good" else "group", "objective.beta_kl": 0.5}}
+            for number, value in enumerate(values, 1)
+        ]  # fmt: skip
+        folder.write(json.dumps(reports).encode(), "trials", name, trial.HISTORY)
+    values = {"model.norm": "group", "objective.beta_kl": 0.5}
+    trial.note_failure(folder.folder("trials", "failed"), "rec became non-finite", values)
+    folder.write(b"another life", "tensorboard", "good", "old")
+    *rows, best, pictures, log = write(spec, folder)
+    assert [row.split()[1] for row in rows[2:]] == ["good", "middle", "bad", "lost", "failed"], rows
+    assert ["stopped early" in row for row in rows[2:]] == [True] * 4 + [False]
+    assert config.load(str(tmp_path / "sweep" / "best.yaml")).model.norm == "layer"
+    assert best.endswith("trials/good") and folder.exists("metric.png") and folder.exists("parallel.png")
+    assert "old" not in folder.names("tensorboard", "good")
 
 
 def test_a_trial_that_was_killed_tells_its_last_checkpoint(tmp_path, monkeypatch):
