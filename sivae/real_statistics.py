@@ -51,8 +51,7 @@ def load(folder: Folder, protocol: dict[str, Any]) -> dict[str, Tensor] | None:
     if held != protocol:
         different = differences(flatten(held), flatten(protocol))
         raise UserError(f"{folder.url}/{name}: holds statistics of another protocol ({different}); delete the file")
-    whole = _digest(tensors) == digest and bool(tensors["total"].isfinite().all())
-    return tensors if whole else None
+    return tensors if _digest(tensors) == digest else None
 
 
 def save(folder: Folder, protocol: dict[str, Any], tensors: dict[str, Tensor]) -> None:
