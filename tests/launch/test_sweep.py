@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -246,6 +247,23 @@ def test_metric_that_never_comes(start, spec_file, head, nothing_left):
 def test_bad_input_is_one_sentence_before_anything_starts(start, spec_file, nothing_left, space, settings, words):
     sentence = refused(start(MODULE, [spec_file(space, **settings)]), MODULE)
     assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize(
+    "how, settings, words",
+    [
+        ({"choice": []}, {}, "objective.beta_kl.choice: is empty"),
+        ({"choice": [1.0], "grid": [1.0]}, {}, "give one of choice, uniform, loguniform, grid, not choice, grid"),
+        ({"grid": [1.0]}, {"search": "optuna"}, "`optuna` cannot walk a grid"),
+        ({"uniform": [0.0, 1.0]}, {"search": "grid"}, "`grid` needs values to walk"),
+        ({"choice": [1.0]}, {"search": "pbt", "trials": 4, "scheduler": "asha"}, "`pbt` schedules by itself"),
+        ({"choice": [1.0]}, {"overrides": ["data.storage_options={key: hidden}"]}, "give credentials by --env"),
+    ],
+)
+def test_what_a_sweep_cannot_be_is_refused(spec_file, how, settings, words):
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        sweep_spec.load(spec_file({"objective.beta_kl": how}, **settings))
+    assert "hidden" not in str(caught.value)
 
 
 def test_more_workers_than_there_is_room_for(start, spec_file, head, nothing_left):
