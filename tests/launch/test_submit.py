@@ -5,11 +5,13 @@ pytest tests/launch/test_submit.py
 
 import fnmatch
 import re
+import shlex
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
-from launch import submit
+from launch import submit, train
 from sivae.errors import UserError
 from tests.launch.conftest import EVERY_IMAGES, RAY_ENVIRONMENT, newest_images, refused, tensors
 from tests.processes import ROOT
@@ -147,6 +149,70 @@ def test_a_cluster_that_does_not_answer_for_a_while(monkeypatch, capsys):
     monkeypatch.setattr(submit, "manage", lambda options: submit.details(Client(), "job"))
     answers[:] = [ConnectionError("refused")]
     assert submit.main(["logs", "job", "--address", "http://127.0.0.1:9"]) == 69
+
+
+class Jobs:
+    """A cluster whose job is in these states one after the other, the last for ever. Its log's connection breaks after each piece."""
+
+    def __init__(self, *states: str, code: int | None = None):
+        self.states, self.code, self.stopped = list(states), code, False
+        self.log = ["one\n", "two\n", "three\n"]
+
+    def get_job_info(self, job):
+        from ray.job_submission import JobStatus
+
+        status = JobStatus(self.states.pop(0) if len(self.states) > 1 else self.states[0])
+        entrypoint = "exec python -m launch.train c.yaml run.storage_options={key:hidden}"
+        return SimpleNamespace(
+            status=status, message="waits for a GPU", start_time=0, submission_id=job, entrypoint=entrypoint,
+            driver_exit_code=self.code,
+        )  # fmt: skip
+
+    async def tail_job_logs(self, job):
+        seen = self.log[: 4 - len(self.states)]
+        for piece in seen:
+            yield piece
+        if len(seen) < len(self.log):
+            raise ConnectionError
+
+    def stop_job(self, job):
+        self.stopped = True
+
+
+@pytest.mark.parametrize(
+    "state, code, expected",
+    [
+        ("SUCCEEDED", 0, 0), ("FAILED", 75, 75), ("FAILED", -15, 143), ("SUCCEEDED", None, 0), ("STOPPED", None, 75),
+        ("FAILED", None, 1),
+    ],
+)  # fmt: skip
+def test_a_job_is_followed_to_its_code(monkeypatch, capsys, state, code, expected):
+    """Every line of its log is printed once, however often its connection breaks."""
+    monkeypatch.setattr(submit, "POLL_SEC", 0.01)
+    client = Jobs("PENDING", "RUNNING", "RUNNING", state, code=code)
+    assert submit.follow(client, "job", pending_limit=60.0) == expected and not client.stopped
+    out, err = capsys.readouterr()
+    assert out == "one\ntwo\nthree\n" and "hidden" not in err and "launch.train c.yaml" in err
+
+
+def test_a_job_that_does_not_start_is_taken_back(monkeypatch):
+    monkeypatch.setattr(submit, "POLL_SEC", 0.01)
+    client = Jobs("PENDING")
+    with pytest.raises(UserError, match="did not start within 0.05 seconds .* it waited for: waits for a GPU"):
+        submit.follow(client, "job", pending_limit=0.05)
+    assert client.stopped
+
+
+def test_the_job_gets_the_options_that_were_given():
+    given = [
+        "--workers", "2:4", "--placement", "spread", "--cpus-per-worker", "2", "--max-failures", "-1", "--wait", "5",
+        "--grow-every", "7", "--cache-dir", "/tmp/a b", "--", "configs/digits.yaml", "run.directory=/shared/a b",
+    ]  # fmt: skip
+    options = submit.build_parser().parse_intermixed_args(given)
+    words = shlex.split(submit.command(options))
+    assert words[:4] == ["exec", "python", "-m", "launch.train"]
+    told, asked = (vars(train.build_parser().parse_intermixed_args(arguments)) for arguments in (words[4:], given))
+    assert told == asked
 
 
 def test_a_config_that_would_not_travel_is_refused():

@@ -191,6 +191,12 @@ def test_statistics_of_another_protocol_are_not_used(data, tmp_path):
         judge(data, replace(FEW, num_reals=600), statistics=kept)
 
 
+def test_the_setting_says_where_statistics_are_kept_then_the_environment(monkeypatch):
+    monkeypatch.setenv("SIVAE_CACHE", "/environment")
+    assert real_statistics.default_folder("/setting").url == "/setting/statistics"
+    assert real_statistics.default_folder().url == "/environment/statistics"
+
+
 def test_damaged_statistics_are_made_again(data, tmp_path):
     kept = Folder(str(tmp_path / "kept"))
     expected, _ = judge(data, FEW, statistics=kept)
