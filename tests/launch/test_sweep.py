@@ -381,9 +381,10 @@ def test_local_paths_are_those_of_the_one_who_starts_the_sweep(spec_file, tmp_pa
     assert settings.evaluate.data == str(tmp_path / "real")
     assert settings.evaluate.detectors == {"inception": f"{tmp_path}/nets/i.pt#sha256=00"}
     assert settings.data.cache_dir == "~/cache", "the home directory is that of the node"
-    spec = sweep_spec.in_full(
-        sweep_spec.load(spec_file({"objective.beta_kl": {"choice": [1.0]}}, "run.init_from=base"))
-    )
+    (tmp_path / "run.yaml").write_text((ROOT / "configs" / "digits.yaml").read_text())
+    path = spec_file({"objective.beta_kl": {"choice": [1.0]}}, "run.init_from=base", config="run.yaml")
+    spec = sweep_spec.in_full(sweep_spec.load(path))
+    assert spec.config == str(tmp_path / "run.yaml")
     assert spec.settings({}).run.init_from == str(tmp_path / "base")
 
 
