@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from sivae import models
 from sivae.config import parse_model
-from sivae.models.conv import GroupNorm, PixelNorm, ResidualBlock
+from sivae.models.conv import GroupNorm, PixelNorm, ResidualBlock, make_norm
 from sivae.step_trace import _GpuAutocast
 
 NORMS = ("batch", "group", "layer", "pixel", "none")
@@ -236,6 +236,16 @@ def test_the_residual_block_of_each_paper():
         outputs[residual] = made(x)
         assert torch.equal(outputs[residual], F.leaky_relu(y, 0.2))
     assert (outputs["soft_intro_vae"] - outputs["intro_vae"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("norm, together", [("group", 4), ("layer", 32)])
+def test_what_a_norm_takes_together(norm, together):
+    """Groups of `group_size` channels, or all channels of an image."""
+    x = images(2, 32) * torch.arange(1.0, 33)[:, None, None]
+    groups = x.unflatten(1, (-1, together)).flatten(2)
+    variance, mean = torch.var_mean(groups, dim=2, correction=0, keepdim=True)
+    expected = ((groups - mean) / (variance + 1e-5).sqrt()).view_as(x)
+    assert torch.allclose(make_norm(norm, 32, group_size=4)(x), expected, atol=1e-5)
 
 
 def test_pixel_norm_gives_unit_mean_square():
