@@ -13,7 +13,7 @@ from pathlib import Path
 from launch import cluster, train
 from launch.cluster import Need
 from launch.run import Limits, Outcome, Run, parse_workers, sizes
-from launch.supervise import LOST, say_ended
+from launch.supervise import LOST, hear, say_ended
 from sivae.config import ConfigError
 from sivae.errors import UserError
 
@@ -52,6 +52,7 @@ class Teller:
 
 def drive(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until there is a run to stop
+    hear()
     options = train.build_parser().parse_intermixed_args(arguments)
     settings = train.check(options)
     count = Path(os.environ[train.FAILURES_FILE]) if train.FAILURES_FILE in os.environ else None

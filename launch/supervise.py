@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+ASKING = (signal.SIGTERM, signal.SIGINT)
 LOST = 70  # exit code of a process that lost what it stood on and may be started again
 
 
@@ -23,7 +24,7 @@ def supervise(
     moments, in which Ray's compiled part may crash. Without, it counts as lost (that part ends the process when the cluster's head
     is gone), unless a signal came through here; and when it says so itself with code LOST. `count` is a file with
     the number of failures so far, which the command raises too; beyond `max_failures` (-1: never) the loss is final and 1 is
-    returned.
+    returned. Signals wait until it calls `hear`: while it still imports it could not answer them.
     """
     child: subprocess.Popen | None = None
     asked = 0
@@ -34,13 +35,17 @@ def supervise(
         if child is not None and child.poll() is None:
             child.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    end_with_this = end_with(os.getpid())
+
+    def arrange() -> None:
+        end_with_this()
+        signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+
+    before = {number: signal.signal(number, hand_on) for number in ASKING}
     try:
         while True:
             # In a session of its own a Ctrl-C reaches it once, through here.
-            child = subprocess.Popen(
-                command, env=os.environ | environment, start_new_session=True, preexec_fn=end_with(os.getpid())
-            )
+            child = subprocess.Popen(command, env=os.environ | environment, start_new_session=True, preexec_fn=arrange)
             if asked:
                 child.send_signal(signal.SIGTERM)
             code = child.wait()
@@ -68,6 +73,11 @@ def supervise(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def hear() -> None:
+    """The command has handlers of the signals that ask it to stop, and takes those that came before."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
 
 
 def say_ended(count: Path, code: int) -> None:

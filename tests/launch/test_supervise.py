@@ -3,8 +3,11 @@
 python -m pytest tests/launch/test_supervise.py
 """
 
+import os
 import signal
 import sys
+import threading
+import time
 
 import pytest
 
@@ -47,3 +50,35 @@ def test_what_a_process_said_counts(tmp_path, lives, code, failures):
     assert supervise(command, count, -1, {"COUNT": str(count)}, say=told.append) == code
     assert int(count.read_text()) == len(told) == failures
     assert not count.with_name("ended").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_it_can_be_answered_waits(tmp_path, number):
+    program = """
+import os, signal, sys, time
+from pathlib import Path
+from launch.supervise import hear, say_ended
+count = Path(os.environ["COUNT"])
+count.with_name("begun").touch()
+while not count.with_name("sent").exists():
+    time.sleep(0.01)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: (say_ended(count, 75), sys.exit(75)))
+hear()
+time.sleep(60)
+"""
+    count = tmp_path / "failures"
+    count.write_text("0")
+
+    def ask() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)  # until it is handed on
+        (tmp_path / "sent").touch()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert supervise([sys.executable, "-c", program], count, -1, {"COUNT": str(count)}, say=print) == 75
+    asking.join()
+    assert count.read_text() == "0"
