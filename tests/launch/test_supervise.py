@@ -47,14 +47,29 @@ def test_what_a_process_said_counts(tmp_path, lives, code, failures):
     count, told = tmp_path / "failures", []
     count.write_text("0")
     command = [sys.executable, "-c", CHILD, *lives]
-    assert supervise(command, count, -1, {"COUNT": str(count)}, say=told.append) == code
+    assert supervise(command, count, failures, {"COUNT": str(count)}, say=told.append) == code
     assert int(count.read_text()) == len(told) == failures
     assert not count.with_name("ended").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_before_it_can_be_answered_waits(tmp_path, number):
-    program = """
+def test_a_loss_beyond_the_limit_is_final(tmp_path):
+    count, told = tmp_path / "failures", []
+    count.write_text("0")
+    command = [sys.executable, "-c", CHILD, "none:3"]
+    assert supervise(command, count, 0, {"COUNT": str(count)}, say=told.append) == 1
+    assert told == ["error: the driver lost the cluster; gave up after 1 failures (--max-failures 0)"]
+
+
+@pytest.mark.parametrize(
+    "number, answer, code",
+    [
+        (signal.SIGTERM, "say_ended(count, 75), sys.exit(75)", 75),
+        (signal.SIGINT, "say_ended(count, 75), sys.exit(75)", 75),
+        (signal.SIGTERM, "os._exit(3)", 3),  # no loss: it was asked to end
+    ],
+)
+def test_a_signal_before_it_can_be_answered_waits(tmp_path, number, answer, code):
+    program = f"""
 import os, signal, sys, time
 from pathlib import Path
 from launch.supervise import hear, say_ended
@@ -63,7 +78,7 @@ count.with_name("begun").touch()
 while not count.with_name("sent").exists():
     time.sleep(0.01)
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: (say_ended(count, 75), sys.exit(75)))
+    signal.signal(number, lambda number, frame: ({answer}))
 hear()
 time.sleep(60)
 """
@@ -79,6 +94,6 @@ time.sleep(60)
 
     asking = threading.Thread(target=ask)
     asking.start()
-    assert supervise([sys.executable, "-c", program], count, -1, {"COUNT": str(count)}, say=print) == 75
+    assert supervise([sys.executable, "-c", program], count, -1, {"COUNT": str(count)}, say=print) == code
     asking.join()
     assert count.read_text() == "0"

@@ -337,8 +337,9 @@ def test_values_stay_inside_their_space(spec_file):
         spec_file({"objective.beta_kl": {"loguniform": [0.1, 1.0]}, "model.norm": {"choice": ["group", "layer"]}})
     )
     assert all(0.1 <= values["objective.beta_kl"] <= 1.0 for values in spec.draw())
-    clipped = within(spec)({"point": {"objective.beta_kl": 1.2, "model.norm": "layer"}})
-    assert clipped == {"point": {"objective.beta_kl": 1.0, "model.norm": "layer"}}
+    for moved, clipped in ((1.2, 1.0), (0.08, 0.1), (0.5, 0.5)):
+        point = {"objective.beta_kl": moved, "model.norm": "layer"}
+        assert within(spec)({"point": point}) == {"point": point | {"objective.beta_kl": clipped}}
 
 
 def test_trials_are_drawn_as_the_file_says(spec_file):
@@ -465,19 +466,21 @@ def test_every_choice_is_named_in_the_picture(spec_file):
 
 
 def test_the_best_is_the_last_report_of_a_trial_that_did_not_fail(spec_file, tmp_path):
-    space = {"model.norm": {"choice": ["group", "layer"]}, "objective.beta_kl": {"choice": [0.5]}}
+    space = {key: {"choice": values} for key, values in {
+        "model.norm": ["group", "layer"], "objective.beta_kl": [0.5], "model.residual": ["intro_vae"],
+    }.items()}  # fmt: skip
     spec = sweep_spec.load(spec_file(space, mode="max", metric="terms/rec"))
     folder = Folder(str(tmp_path / "sweep"))
     told = {"good": [9.0, 1.0], "middle": [0.0, 2.0], "bad": [1.0, 3.0], "lost": [1.0, math.nan], "failed": [0.0, 0.0]}
+    constant = {"objective.beta_kl": 0.5, "model.residual": "intro_vae"}
     for name, values in told.items():
         reports = [
             {"rounds": number, "images_seen": 160 * number, "metrics": {"terms/rec": -value},
-             "values": {"model.norm": "layer" if name == "good" else "group", "objective.beta_kl": 0.5}}
+             "values": {"model.norm": "layer" if name == "good" else "group"} | constant}
             for number, value in enumerate(values, 1)
         ]  # fmt: skip
         folder.write(json.dumps(reports).encode(), "trials", name, trial.HISTORY)
-    values = {"model.norm": "group", "objective.beta_kl": 0.5}
-    trial.note_failure(folder.folder("trials", "failed"), "rec became non-finite", values)
+    trial.note_failure(folder.folder("trials", "failed"), "rec became non-finite", {"model.norm": "group"} | constant)
     folder.write(b"another life", "tensorboard", "good", "old")
     *rows, best, pictures, log = write(spec, folder)
     assert [row.split()[1] for row in rows[2:]] == ["good", "middle", "bad", "lost", "failed"], rows
