@@ -13,7 +13,7 @@ from pathlib import Path
 from launch import cluster, train
 from launch.cluster import Need
 from launch.run import Limits, Outcome, Run, parse_workers, sizes
-from launch.supervise import LOST, hear, say_ended
+from launch.supervise import ASKING, LOST, hear, say_ended
 from sivae.config import ConfigError
 from sivae.errors import UserError
 
@@ -50,8 +50,35 @@ class Teller:
         say(", ".join(filter(None, (values, checkpoint and f"checkpoint {checkpoint}"))))
 
 
+class Signals:
+    """`asked` is set on SIGINT and SIGTERM, which stop `run`, or end what is under way before there is one. Asked again, this
+    process ends at once."""
+
+    def __init__(self):
+        self.asked = threading.Event()
+        self.run: Run | None = None
+        self._first_sec = 0.0
+
+    def listen(self) -> None:
+        """Also again: others put their own handlers in the place of these."""
+        for number in ASKING:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame) -> None:
+        if self.asked.is_set():
+            if time.monotonic() - self._first_sec > float(os.environ.get("SIVAE_SAME_REQUEST_SEC", SAME_REQUEST_SEC)):
+                os._exit(128 + number)  # the cluster ends what this process started there
+            return
+        self._first_sec = time.monotonic()
+        self.asked.set()
+        if self.run is None:
+            raise KeyboardInterrupt
+        self.run.stop()
+
+
 def drive(arguments: list[str]) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until there is a run to stop
+    signals = Signals()
+    signals.listen()
     hear()
     options = train.build_parser().parse_intermixed_args(arguments)
     settings = train.check(options)
@@ -65,13 +92,16 @@ def drive(arguments: list[str]) -> int:
             + (f" ({', '.join(map(str, rest))} cannot)" if rest else "") + ", which stays the same"
         )  # fmt: skip
     cluster.connect(options.address, train.environment(options.env), wait_sec=options.wait if failures else 0.0)
+    signals.listen()  # while Ray starts it takes our handler's place
     gpus = settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus())
     run = Run(
         settings, numbers, Need(options.cpus_per_worker, float(gpus), options.placement),
         Limits(options.wait if options.address else 0.0, options.grow_every, options.max_failures),
         say=say, on_report=Teller(), on_failure=lambda n: count and count.write_text(str(n)), cache_dir=options.cache_dir, failures=failures,
     )  # fmt: skip
-    _stop_on_signals(run)
+    signals.run = run
+    if signals.asked.is_set():  # and nobody saw it: Python drops what is raised in some places, as in an import
+        raise KeyboardInterrupt
     outcome = _in_thread(run)
     if outcome.interrupted:
         say(
@@ -103,20 +133,6 @@ def _in_thread(run: Run) -> Outcome:
     if "error" in box:
         raise box["error"]
     return box["outcome"]
-
-
-def _stop_on_signals(run: Run) -> None:
-    first_sec: list[float] = []
-
-    def handle(number, frame) -> None:
-        if not first_sec:
-            first_sec.append(time.monotonic())
-            run.stop()
-        elif time.monotonic() - first_sec[0] > float(os.environ.get("SIVAE_SAME_REQUEST_SEC", SAME_REQUEST_SEC)):
-            os._exit(128 + number)  # the cluster ends what this process started there
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
 
 
 def main() -> int:

@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
 
+from launch import driver, supervise
 from tests.launch.conftest import (
     EVERY_IMAGES,
     TOTAL_IMAGES,
@@ -224,6 +226,24 @@ def test_asked_to_stop_while_it_starts(start, small, tmp_path, nothing_left, aft
     assert process.wait() == 75, process.text
     last = process.text.strip().splitlines()[-1]
     assert last.startswith("launch.train: stopped") and last.endswith("run the same command to go on"), process.text
+
+
+def test_a_wish_to_stop_that_python_drops_is_heard(small, tmp_path, monkeypatch, capsys):
+    """While it starts the wish is an exception, of which Python makes a line on stderr in the middle of an import or a destructor."""
+
+    def connect(*arguments, **options) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(driver.cluster, "connect", connect)
+    monkeypatch.setattr(driver, "_in_thread", lambda run: pytest.fail("it trains"))
+    before = [(number, signal.getsignal(number)) for number in supervise.ASKING]
+    try:
+        assert driver._drive_or_tell([*small(tmp_path / "run"), "run.device=cpu"]) == 75
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    assert "stopped before anything was trained" in capsys.readouterr().err
 
 
 def test_wrong_token(start, small, head, tmp_path, nothing_left):
