@@ -91,15 +91,13 @@ def sweep(options: argparse.Namespace) -> int:
             signals.listen()
         except SystemExit:  # how Ray answers SIGTERM: while it starts it takes our handler's place
             raise KeyboardInterrupt from None
-        if signals.asked.is_set():  # and nobody saw it
-            raise KeyboardInterrupt
         gpus = float(settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus()))
         together = concurrency(spec, gpus)
         folder.write(text_of(spec).encode(), SPEC_FILE)
         # Trials begin for days, and on other nodes: the file that they vary is the one of now.
         folder.write(base, CONFIG_FILE)
         spec = spec.model_copy(update={"config": f"{folder.url}/{CONFIG_FILE}"})
-        tune_trials(spec, folder, gpus, together, options.cache_dir)
+        tune_trials(spec, folder, gpus, together, options.cache_dir, signals.asked)
         if signals.asked.is_set():
             say("stopped; run the same command to go on")
             return EXIT_INTERRUPTED
@@ -167,7 +165,9 @@ def concurrency(spec: Spec, gpus: float) -> int:
     return together
 
 
-def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_dir: str | None) -> None:
+def tune_trials(
+    spec: Spec, folder: Folder, gpus: float, together: int, cache_dir: str | None, asked: threading.Event
+) -> None:
     """Start the trials, or go on with them, to their end or until a signal comes. Raises UserError when none can succeed."""
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a SIGKILL may cost
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
@@ -228,6 +228,8 @@ def tune_trials(spec: Spec, folder: Folder, gpus: float, together: int, cache_di
                 failure_config=tune.FailureConfig(max_failures=spec.max_failures),
             ),
         )  # fmt: skip
+    if asked.is_set():  # and nobody saw it: Python drops what is raised in some places, as in an import
+        raise KeyboardInterrupt
     tuner.fit()
     watch.listen()
     if sweep_watch.fatal:

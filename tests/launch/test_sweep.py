@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -316,6 +317,16 @@ def test_sigterm_before_the_trials_is_an_interruption_too(start, spec_file, tmp_
     process.popen.send_signal(signal.SIGTERM)
     assert process.wait() == 75, process.text
     assert "run the same command to go on" in process.text and "Traceback" not in process.text
+
+
+def test_a_wish_to_stop_that_python_drops_is_heard(spec_file, tmp_path, monkeypatch):
+    """While it starts the wish is an exception, of which Python makes a line on stderr in the middle of some imports."""
+    spec = sweep_spec.load(spec_file({"objective.beta_kl": {"choice": [1.0]}}))
+    asked = threading.Event()
+    asked.set()
+    monkeypatch.setattr("ray.tune.Tuner.fit", lambda self: pytest.fail("it trains"))
+    with pytest.raises(KeyboardInterrupt):
+        sweep.tune_trials(spec, Folder(str(tmp_path / "sweep")), 0.0, 1, None, asked)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
