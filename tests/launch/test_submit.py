@@ -152,7 +152,7 @@ def test_a_cluster_that_does_not_answer_for_a_while(monkeypatch, capsys):
 
 
 class Jobs:
-    """A cluster whose job is in these states one after the other, the last for ever. Its log's connection breaks after each piece."""
+    """A cluster whose job is in these states one after the other, the last for ever. Its log comes again after each break of its connection."""
 
     def __init__(self, *states: str, code: int | None = None):
         self.states, self.code, self.stopped = list(states), code, False
@@ -170,8 +170,7 @@ class Jobs:
 
     async def tail_job_logs(self, job):
         seen = self.log[: 4 - len(self.states)]
-        for piece in seen:
-            yield piece
+        yield "".join(seen)
         if len(seen) < len(self.log):
             raise ConnectionError
 
@@ -205,7 +204,7 @@ def test_a_job_that_does_not_start_is_taken_back(monkeypatch):
 
 def test_the_job_gets_the_options_that_were_given():
     given = [
-        "--workers", "2:4", "--placement", "spread", "--cpus-per-worker", "2", "--max-failures", "-1", "--wait", "5",
+        "--workers", "2:4", "--placement", "spread", "--cpus-per-worker", "2", "--max-failures", "-1", "--wait", "0",
         "--grow-every", "7", "--cache-dir", "/tmp/a b", "--", "configs/digits.yaml", "run.directory=/shared/a b",
     ]  # fmt: skip
     options = submit.build_parser().parse_intermixed_args(given)

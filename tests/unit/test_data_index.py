@@ -92,6 +92,8 @@ def test_every_mutated_field_is_refused(tmp_path):
         lambda c: c["samples"]["key"].__setitem__(0, "a\nb"),
         lambda c: c["samples"]["offset"].__setitem__(1, c["samples"]["offset"][0]),
         lambda c: c["samples"]["size"].__setitem__(2, 2**22),
+        lambda c: c["samples"]["size"].__setitem__(2, 2**20),  # past the end of its shard
+        lambda c: c.update(splits=[["a", 2], ["b", 4]]),  # a split that ends inside a shard
         lambda c: c["samples"]["label"].__setitem__(0, 99),
         lambda c: c.update(num_classes=None),
         lambda c: c.update(extra=1),
