@@ -214,6 +214,16 @@ def test_the_job_gets_the_options_that_were_given():
     assert told == asked
 
 
+def test_a_job_has_its_variables_and_time_to_save(monkeypatch, capsys):
+    asked = {}
+    client = SimpleNamespace(submit_job=lambda **options: asked.update(options) or "job")
+    monkeypatch.setattr(submit, "connect", lambda address: client)
+    monkeypatch.setattr(submit, "prepare_environment", lambda: None)
+    arguments = ["configs/digits.yaml", "run.directory=/shared/run", "--env", "COLOUR=blue", "--no-wait"]
+    assert submit.main(arguments) == 0 and capsys.readouterr().out == "job\n"
+    assert asked["runtime_env"]["env_vars"] == {"COLOUR": "blue", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
+
+
 def test_a_config_that_would_not_travel_is_refused():
     from launch.shipping import travels
 

@@ -94,7 +94,8 @@ def test_every_mutated_field_is_refused(tmp_path):
         lambda c: c["samples"]["size"].__setitem__(2, 2**22),
         lambda c: c["samples"]["size"].__setitem__(2, 2**20),  # past the end of its shard
         lambda c: c.update(splits=[["a", 2], ["b", 4]]),  # a split that ends inside a shard
-        lambda c: c["samples"]["label"].__setitem__(0, 99),
+        lambda c: c["samples"]["label"].__setitem__(0, 6),  # the classes are 0 to 5
+        lambda c: c.update(num_channels=2),
         lambda c: c.update(num_classes=None),
         lambda c: c.update(extra=1),
         lambda c: c.pop("licence") and None,

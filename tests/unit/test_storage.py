@@ -104,6 +104,10 @@ def test_write_read_list_and_delete(folder, tmp_path):
     assert not folder.exists("sub", "a") and folder.names() == ["empty", "new"]
     folder.remove("empty")
     assert folder.names() == ["new"]
+    for name in ("a[1]", "a1"):
+        folder.write(b"", name, "file")
+    folder.remove("a[1]")
+    assert folder.names() == ["a1", "new"], "a name is no pattern"
     with pytest.raises(UserError, match="sub/a: cannot read, there is no such file"):
         folder.read("sub", "a")
 
