@@ -219,9 +219,22 @@ def test_a_job_has_its_variables_and_time_to_save(monkeypatch, capsys):
     client = SimpleNamespace(submit_job=lambda **options: asked.update(options) or "job")
     monkeypatch.setattr(submit, "connect", lambda address: client)
     monkeypatch.setattr(submit, "prepare_environment", lambda: None)
-    arguments = ["configs/digits.yaml", "run.directory=/shared/run", "--env", "COLOUR=blue", "--no-wait"]
+    monkeypatch.setenv("SIZE_HERE", "large")
+    arguments = [
+        "configs/digits.yaml",
+        "run.directory=/shared/run",
+        "--env",
+        "COLOUR=blue",
+        "--env",
+        "SIZE_HERE",
+        "--no-wait",
+    ]
     assert submit.main(arguments) == 0 and capsys.readouterr().out == "job\n"
-    assert asked["runtime_env"]["env_vars"] == {"COLOUR": "blue", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
+    assert asked["runtime_env"]["env_vars"] == {
+        "COLOUR": "blue",
+        "SIZE_HERE": "large",
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
+    }
 
 
 def test_a_config_that_would_not_travel_is_refused():
