@@ -312,6 +312,7 @@ def test_shards_that_cannot_be_indexed(tmp_path):
         ([("a.png", image), ("a.png", image)], "two images of the key 'a'"),
         ([("a.png", image), ("a.cls", b"1"), ("b.png", image)], "sample b .*no .cls"),
         ([("a.png", image), ("a.cls", b"cat")], "a.cls .*whole number"),
+        ([("a.png", image), ("a.cls", b"2147483648")], "a.cls .*whole number"),
         ([("a.png", image), ("a.cls", b"1"), ("a.cls", b"2")], "two labels of the key 'a'"),
         ([("a.png", encoded(noise(5, 6)))], "6x5 pixels, which is no square.*sivae pack URLS DEST --resolution R"),
         ([("a.png", encoded(noise(6, 6, 4)))], "8-bit RGBA"),
@@ -327,10 +328,12 @@ def test_shards_that_cannot_be_indexed(tmp_path):
     assert os.listdir(tmp_path) == ["a.tar"]
     write_tar(path, [("a.png", image), ("b.png", image)])
     write_tar(tmp_path / "b.tar", [("b.png", image)])
+    write_tar(tmp_path / "jpeg.tar", [("c.jpg", other)])
     os.mkdir(tmp_path / "other")
     shutil.copy(path, tmp_path / "other" / "c.tar")
     for urls, message in [
         (["a.tar", "b.tar"], "two samples .* key 'b'"),
+        (["a.tar", "jpeg.tar"], r"several formats \(png in a.tar, jpeg in jpeg.tar\)"),
         (["a.tar", "other/c.tar"], "one folder"),
         (["a.tar", "a.tar"], "twice"),
         (["missing.tar"], "missing.tar"),
