@@ -142,7 +142,9 @@ def pack(
         clear(folder)
     enlarged = sum(record.num_enlarged for record in records.values())
     if enlarged:
-        logger.warning("%d images are smaller than %d pixels and were enlarged", enlarged, resolution)
+        logger.warning(
+            "%d images are smaller than %d pixels once they are cut, and were enlarged", enlarged, resolution
+        )
     return index
 
 

@@ -19,7 +19,7 @@ from webdataset import TarWriter
 
 from sivae.data.decode import read_header
 from sivae.data.encode import SUFFIXES, encode
-from sivae.data.fit import fit, pyramid
+from sivae.data.fit import crop_box, fit, pyramid
 from sivae.data.scratch import Scratch
 from sivae.data.sources.base import BadImage, Sample, Source
 from sivae.data.tar import Members
@@ -167,7 +167,9 @@ def read_sample(shared: Shared, number: int, record: Record | None = None) -> tu
             )
         as_it_is = pixels.shape == (resolution, resolution, channels) and recipe.crop in ("center", "none")
         if not as_it_is:
-            if record is not None and min(pixels.shape[:2]) < resolution:
+            height, width = pixels.shape[:2]
+            left, _, right, _ = crop_box(width, height, recipe.crop, sample.name)
+            if record is not None and right - left < resolution:
                 record.num_enlarged += 1
             picture = fit(pixels, resolution, channels, recipe.crop, recipe.filter, sample.name)
             pixels = np.asarray(picture).reshape(resolution, resolution, channels)

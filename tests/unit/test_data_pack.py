@@ -458,7 +458,12 @@ def test_crops_and_filters(tmp_path):
 
 def test_enlarged_images_are_told(tmp_path, caplog):
     pack_array(tmp_path, noise(3, 4, 4), resolution=8)
-    assert "3 images are smaller than 8 pixels and were enlarged" in caplog.text
+    assert "3 images are smaller than 8 pixels once they are cut, and were enlarged" in caplog.text
+    caplog.clear()
+    pack_array(tmp_path, noise(2, 9, 8), "whole", resolution=8)
+    assert not caplog.text
+    pack_array(tmp_path, noise(2, 9, 8), "cut", resolution=8, crop="1,1,7")
+    assert "2 images are smaller than 8 pixels once they are cut" in caplog.text
 
 
 def test_png_is_copied_where_nothing_changes(tmp_path):
