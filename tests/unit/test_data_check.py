@@ -474,7 +474,10 @@ def test_no_index_is_written_that_nothing_reads(tmp_path, name):
     assert not (tmp_path / "index.json").exists()
 
 
-def test_no_signature_is_in_what_is_said_of_a_name():
+def test_no_signature_is_in_what_is_said_of_a_name(tmp_path):
     with pytest.raises(UserError, match=r"/a b\.tar\?\.\.\. is no name") as told:
         make_index("https://localhost:1/a b.tar?X-Amz-Signature=secret")
     assert "secret" not in str(told.value)
+    with pytest.raises(UserError, match="holds credentials, which an index elsewhere would keep") as told:
+        make_index("https://somebody:secret@localhost:1/a.tar", output=tmp_path)
+    assert "secret" not in str(told.value) and not os.listdir(tmp_path)
