@@ -350,6 +350,11 @@ def test_skipped_images(tmp_path):
     assert not any(str(tmp_path) in line for line in made.skipped)
     with pytest.raises(UserError, match="no image of test can be read, the first: sample 4"):
         packed(tmp_path, data, "split", splits="train=0:4,test=4:8", skip_bad=True)
+    with pytest.raises(UserError, match="sample 4 .*--skip-bad leaves"):  # what was skipped then is not now
+        pack(
+            tmp_path / "split.npy", tmp_path / "split", resolution=4, samples_per_shard=4, splits="train=0:4,test=4:8",
+            progress=False,
+        )  # fmt: skip
     with pytest.raises(UserError, match="no image of rest can be read, the first: sample 6"):
         packed(tmp_path, data, "two", splits="test=0:6,rest=6:8", skip_bad=True)
     data[:] = np.nan
