@@ -5,6 +5,7 @@ say, every kind of image is converted rightly, and what cannot be packed is refu
     python -m pytest tests/unit/test_data_pack.py
 """
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -378,10 +379,12 @@ def test_skipped_files_are_named_without_their_folder(tmp_path):
 
 
 def test_what_is_in_the_way(tmp_path):
-    folder, _ = packed(tmp_path, noise(4, 4, 4), pyramid=True)
-    for pyramid_too in (False, True):
+    folder, _ = packed(tmp_path, noise(4, 8, 8), pyramid=True)
+    os.mkdir(f"{folder}/.packing")  # of one that was killed right after its last index
+    for settings in ({"resolution": 8}, {"resolution": 8, "pyramid": True}, {"resolution": 16}):
         with pytest.raises(UserError, match="already holds"):
-            pack(tmp_path / "set.npy", folder, resolution=4, pyramid=pyramid_too, progress=False)
+            pack(tmp_path / "set.npy", folder, progress=False, **settings)
+    assert sorted(os.listdir(folder)) == ["4", "8"]
     os.mkdir(tmp_path / "others")
     (tmp_path / "others" / "train-000000.tar").write_bytes(b"precious")
     with pytest.raises(UserError, match="did not make"):
@@ -421,6 +424,22 @@ def test_a_pyramid_is_averages(tmp_path, channels):
     assert stream.sample([0]).images.unique().tolist() == [128]  # half to even: 127.5 is 128
     with pytest.raises(UserError, match="power of two"):
         pack_array(tmp_path, data, "odd", resolution=24, pyramid=True)
+
+
+def test_a_pyramid_that_is_killed_among_its_indexes_goes_on(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", noise(2, 8, 8))
+    dump = Index.dump
+
+    def killed(index, folder):
+        if index.resolution == 4:
+            raise KeyboardInterrupt
+        dump(index, folder)
+
+    for how in (killed, dump):
+        monkeypatch.setattr(Index, "dump", how)
+        with pytest.raises(KeyboardInterrupt) if how is killed else contextlib.nullcontext():
+            pack(tmp_path / "a.npy", tmp_path / "set", resolution=8, pyramid=True, progress=False)
+    assert ImageStream(tmp_path / "set" / "8", batch_size=1).index.count == 2
 
 
 def test_halves_round_to_even():
@@ -476,7 +495,8 @@ def test_png_is_copied_where_nothing_changes(tmp_path):
     for i in range(2):  # other bytes than pack itself would write
         Image.fromarray(noise(8, 8, 3, seed=i)).save(tmp_path / "in" / f"{i}.png", compress_level=0)
     Image.fromarray(noise(8, 8)).save(tmp_path / "in" / "2.png", compress_level=0)
-    own = [(tmp_path / "in" / f"{i}.png").read_bytes() for i in range(3)]
+    Image.fromarray(noise(8, 8, 3)).quantize(16).save(tmp_path / "in" / "3.png")  # of numbers in a table of colours
+    own = [(tmp_path / "in" / f"{i}.png").read_bytes() for i in range(4)]
 
     def encoded(name, **settings):
         made = pack(tmp_path / "in", tmp_path / name, num_channels=3, progress=False, **settings)
@@ -485,7 +505,10 @@ def test_png_is_copied_where_nothing_changes(tmp_path):
 
     copied = encoded("copied", resolution=8)
     assert copied[:2] == own[:2] and copied[2] != own[2]  # the grey one became colour
-    images = ImageStream(tmp_path / "copied", batch_size=1).sample(range(3)).images.numpy()
+    images = ImageStream(tmp_path / "copied", batch_size=1).sample(range(4)).images.numpy()
+    assert np.array_equal(
+        images[3], np.asarray(Image.open(tmp_path / "in" / "3.png").convert("RGB")).transpose(2, 0, 1)
+    )
     assert np.array_equal(images[1], noise(8, 8, 3, seed=1).transpose(2, 0, 1))
     assert np.array_equal(images[2], np.repeat(noise(8, 8)[None], 3, axis=0))
     for settings in ({"resolution": 4}, {"resolution": 8, "crop": "6"}):
