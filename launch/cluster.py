@@ -25,6 +25,7 @@ from sivae.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONNECT_TIMEOUT_SEC = 5.0
+STUCK_SEC = 5.0  # for imports beside a start that has failed
 
 
 def prepare_environment() -> None:
@@ -131,12 +132,15 @@ def _imports_beside() -> Iterator[None]:
         import torch  # noqa: F401
 
     with startup.importing():
-        thread = threading.Thread(target=work)
+        thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
             yield
-        finally:
-            thread.join()
+        except BaseException:
+            # Not for ever: where a signal has interrupted an import here, Python may keep the lock that imports there wait for.
+            thread.join(STUCK_SEC)
+            raise
+        thread.join()
 
 
 def _worker_environment() -> dict[str, str]:

@@ -26,6 +26,7 @@ from tests.launch.conftest import (
     tensors,
     worker_pids,
 )
+from tests.processes import ROOT
 
 MODULE = "launch.train"
 
@@ -244,6 +245,20 @@ def test_a_wish_to_stop_that_python_drops_is_heard(small, tmp_path, monkeypatch,
         for number, handler in before:
             signal.signal(number, handler)
     assert "stopped before anything was trained" in capsys.readouterr().err
+
+
+def test_an_interrupted_import_holds_nobody_up():
+    """A signal that comes in the middle of one may leave Python's import lock with the main thread."""
+    program = """
+import _imp
+from launch import cluster
+cluster.STUCK_SEC = 0.1
+_imp.acquire_lock()
+with cluster._imports_beside():
+    raise KeyboardInterrupt
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.stderr.endswith("KeyboardInterrupt\n")
 
 
 def test_wrong_token(start, small, head, tmp_path, nothing_left):
