@@ -25,7 +25,6 @@ from sivae.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONNECT_TIMEOUT_SEC = 5.0
-STUCK_SEC = 5.0  # for imports beside a start that has failed
 
 
 def prepare_environment() -> None:
@@ -43,11 +42,16 @@ def prepare_environment() -> None:
 
 
 def connect(
-    address: str | None, env_vars: dict[str, str] | None = None, wait_sec: float = 0.0, dashboard: bool = False
+    address: str | None,
+    env_vars: dict[str, str] | None = None,
+    wait_sec: float = 0.0,
+    dashboard: bool = False,
+    asked: threading.Event | None = None,
 ) -> None:
     """Join the cluster at `address` (host:port), or start a Ray on this machine alone when it is None.
 
-    `env_vars` reach every worker. Waits up to `wait_sec` for the cluster to answer. Raises UserError in one sentence when
+    `env_vars` reach every worker. Waits up to `wait_sec` for the cluster to answer, or until `asked` is set, which raises
+    KeyboardInterrupt. To be called beside the main thread, see `signals.beside_main`. Raises UserError in one sentence when
     nothing answers there, or the token is wrong, or `dashboard` is needed and the cluster has none.
     """
     prepare_environment()
@@ -61,7 +65,8 @@ def connect(
                 f"--address: no Ray cluster answers at {address} ({reason}); start one with `ray start --head`,"
                 " or leave --address out to use this machine alone"
             )
-        time.sleep(1.0)
+        if (asked or threading.Event()).wait(1.0):
+            raise KeyboardInterrupt
     import ray
     from ray.exceptions import AuthenticationError, RaySystemError
 
@@ -89,6 +94,13 @@ def connect(
             f"--address: the cluster at {address} runs without its dashboard, which frees the places of trials that end"
             " early; start its head with `ray start --head --include-dashboard=true` (it listens on 127.0.0.1)"
         )
+
+
+def leave() -> None:
+    """Leave the cluster, and end a Ray that `connect` has started, whose compiled part complains of what goes first."""
+    if "ray" in sys.modules:
+        with _silence():
+            sys.modules["ray"].shutdown()
 
 
 def wrong_token(address: str) -> UserError:
@@ -132,15 +144,12 @@ def _imports_beside() -> Iterator[None]:
         import torch  # noqa: F401
 
     with startup.importing():
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=work)
         thread.start()
         try:
             yield
-        except BaseException:
-            # Not for ever: where a signal has interrupted an import here, Python may keep the lock that imports there wait for.
-            thread.join(STUCK_SEC)
-            raise
-        thread.join()
+        finally:
+            thread.join()
 
 
 def _worker_environment() -> dict[str, str]:

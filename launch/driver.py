@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 
 from launch import cluster, train
 from launch.cluster import Need
 from launch.run import Limits, Outcome, Run, parse_workers, sizes
-from launch.supervise import ASKING, LOST, hear, say_ended
+from launch.signals import Signals, beside_main
+from launch.supervise import LOST, hear, say_ended
 from sivae.config import ConfigError
 from sivae.errors import UserError
 
-SAME_REQUEST_SEC = (
-    1.0  # a launcher may signal every process of a job, and the watcher hands it on as well; see sivae/signals.py
-)
 # Of this process: the one that it takes the place of may have saved checkpoints.
 NOTHING_TRAINED = "stopped while nothing was training; run the same command to go on"
 SHOWN = {
@@ -50,35 +45,8 @@ class Teller:
         say(", ".join(filter(None, (values, checkpoint and f"checkpoint {checkpoint}"))))
 
 
-class Signals:
-    """`asked` is set on SIGINT and SIGTERM, which stop `run`, or end what is under way before there is one. Asked again, this
-    process ends at once."""
-
-    def __init__(self):
-        self.asked = threading.Event()
-        self.run: Run | None = None
-        self._first_sec = 0.0
-
-    def listen(self) -> None:
-        """Also again: others put their own handlers in the place of these."""
-        for number in ASKING:
-            signal.signal(number, self._handle)
-
-    def _handle(self, number, frame) -> None:
-        if self.asked.is_set():
-            if time.monotonic() - self._first_sec > float(os.environ.get("SIVAE_SAME_REQUEST_SEC", SAME_REQUEST_SEC)):
-                os._exit(128 + number)  # the cluster ends what this process started there
-            return
-        self._first_sec = time.monotonic()
-        self.asked.set()
-        if self.run is None:
-            raise KeyboardInterrupt
-        self.run.stop()
-
-
 def drive(arguments: list[str]) -> int:
     signals = Signals()
-    signals.listen()
     hear()
     options = train.build_parser().parse_intermixed_args(arguments)
     settings = train.check(options)
@@ -91,18 +59,21 @@ def drive(arguments: list[str]) -> int:
             f"elastic: {', '.join(map(str, numbers))} workers share the global batch of {settings.schedule.batch_size}"
             + (f" ({', '.join(map(str, rest))} cannot)" if rest else "") + ", which stays the same"
         )  # fmt: skip
-    cluster.connect(options.address, train.environment(options.env), wait_sec=options.wait if failures else 0.0)
-    signals.listen()  # while Ray starts it takes our handler's place
-    gpus = settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus())
-    run = Run(
-        settings, numbers, Need(options.cpus_per_worker, float(gpus), options.placement),
-        Limits(options.wait if options.address else 0.0, options.grow_every, options.max_failures),
-        say=say, on_report=Teller(), on_failure=lambda n: count and count.write_text(str(n)), cache_dir=options.cache_dir, failures=failures,
-    )  # fmt: skip
-    signals.run = run
-    if signals.asked.is_set():  # and nobody saw it: Python drops what is raised in some places, as in an import
-        raise KeyboardInterrupt
-    outcome = _in_thread(run)
+
+    def go() -> Outcome:
+        signals.check()
+        wait_sec = options.wait if failures else 0.0
+        cluster.connect(options.address, train.environment(options.env), wait_sec=wait_sec, asked=signals.asked)
+        signals.check()
+        gpus = settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus())
+        return Run(
+            settings, numbers, Need(options.cpus_per_worker, float(gpus), options.placement),
+            Limits(options.wait if options.address else 0.0, options.grow_every, options.max_failures), stop=signals.asked,
+            say=say, on_report=Teller(), on_failure=lambda n: count and count.write_text(str(n)), cache_dir=options.cache_dir,
+            failures=failures,
+        ).go()  # fmt: skip
+
+    outcome = beside_main(go)
     if outcome.interrupted:
         say(
             f"stopped, checkpoint {outcome.checkpoint} is saved; run the same command to go on"
@@ -116,25 +87,6 @@ def drive(arguments: list[str]) -> int:
     return 0
 
 
-def _in_thread(run: Run) -> Outcome:
-    """`run.go()` beside the main thread, which stays free to hear signals."""
-    box: dict = {}
-
-    def work() -> None:
-        try:
-            box["outcome"] = run.go()
-        except BaseException as error:  # noqa: BLE001 (raised below)
-            box["error"] = error
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-    if "error" in box:
-        raise box["error"]
-    return box["outcome"]
-
-
 def main() -> int:
     sys.stdout = cluster.Quiet(sys.stdout)
     code = train.EXIT_ERROR
@@ -146,8 +98,7 @@ def main() -> int:
             sys.stdout.flush()
         if train.FAILURES_FILE in os.environ:
             say_ended(Path(os.environ[train.FAILURES_FILE]), code)
-        if "ray" in sys.modules:
-            sys.modules["ray"].shutdown()
+        cluster.leave()
 
 
 def _drive_or_tell(arguments: list[str]) -> int:
@@ -159,9 +110,7 @@ def _drive_or_tell(arguments: list[str]) -> int:
             raise
         print(f"launch.train: error: {error}", file=sys.stderr)
         return train.EXIT_ERROR
-    except (KeyboardInterrupt, SystemExit) as stop:  # the latter is Ray's answer to SIGTERM while it starts
-        if isinstance(stop, SystemExit) and stop.code == 2:  # argparse's
-            raise
+    except KeyboardInterrupt:
         say(NOTHING_TRAINED)
         return train.EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 (a lost cluster shows in many kinds)

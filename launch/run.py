@@ -83,7 +83,8 @@ def sizes(settings: Config, workers: range) -> list[int]:
 
 @dataclass
 class Run:
-    """One run on the cluster that this process is connected to. `go` may be called once; `stop` from any thread.
+    """One run on the cluster that this process is connected to. `go` may be called once. When `stop` is set, it saves and stops
+    at the next step, and `go` returns an interrupted outcome.
 
     `say` gets sentences for a person, `on_report` every report of rank 0 as (metrics, checkpoint), in the thread of `go`.
     `lockstep`: the workers wait after a report until `on_report` has returned. `janitor`: this process may end long before
@@ -105,11 +106,7 @@ class Run:
     newest: str | None = None
     restarted: bool = False
     ever: int | None = None
-    _stop: threading.Event = field(default_factory=threading.Event)
-
-    def stop(self) -> None:
-        """Save and stop at the next step; `go` returns an interrupted outcome."""
-        self._stop.set()
+    stop: threading.Event = field(default_factory=threading.Event)
 
     def go(self) -> Outcome:
         """Train to the end. Raises UserError: a lasting error in its own sentence, or that the limit of failures is reached."""
@@ -121,7 +118,7 @@ class Run:
                 return Outcome(0, True, {}, self.newest)
             attempt = Attempt(self, number, restarted)
             outcome, fault = attempt.go()
-            if fault is None and (self._stop.is_set() or not outcome.interrupted):
+            if fault is None and (self.stop.is_set() or not outcome.interrupted):
                 return outcome
             before, restarted = attempt.target, True
             if fault is None:
@@ -132,7 +129,7 @@ class Run:
             where = f"checkpoint {self.newest} is kept" if self.newest else "no new checkpoint was saved"
             if 0 <= limit < self.failures:
                 raise UserError(f"{fault}; gave up after {self.failures} failures (--max-failures {limit}), {where}")
-            if self._stop.is_set():
+            if self.stop.is_set():
                 return Outcome(0, True, {}, self.newest)
             self.say(
                 f"{fault}; starting again, failure {self.failures}" + (f" of at most {limit}" if limit >= 0 else "")
@@ -182,7 +179,7 @@ class Run:
                 return fits[-1]
             if not fits:
                 demand.open()
-            if self._stop.is_set():
+            if self.stop.is_set():
                 return None
             if not fits and not queued and time.monotonic() - lacking >= patience:
                 rooms = ", ".join(f"{node.name}: {node.total}" for node in found) or "no node"
@@ -196,7 +193,7 @@ class Run:
                 told = True
                 limit = " until others are done" if queued else f" up to {patience:g} seconds"
                 self.say(f"waiting{limit} for room for {before} workers, there is room for {free}")
-            self._stop.wait(0.5)
+            self.stop.wait(0.5)
 
     def demand(self, number: int) -> cluster.Demand:
         """Ask the cluster's autoscaler for room for so many workers more; where there is none, nobody hears it."""
@@ -235,7 +232,7 @@ class Attempt:
             if stopping:
                 continue
             reason = None
-            if self.run._stop.is_set():
+            if self.run.stop.is_set():
                 reason = "asked to stop: saving a checkpoint first"
                 if not self.joined:
                     return Outcome(0, True, {}, self.run.newest), None  # nothing runs yet; it ends with this process

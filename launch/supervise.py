@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from launch.signals import ASKING
+
 PR_SET_PDEATHSIG = 1
-ASKING = (signal.SIGTERM, signal.SIGINT)
 LOST = 70  # exit code of a process that lost what it stood on and may be started again
 
 

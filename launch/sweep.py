@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import signal
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +23,7 @@ import fsspec
 import yaml
 
 from launch import cluster, sweep_spec
+from launch.signals import Signals, beside_main
 from launch.sweep_spec import Spec
 from launch.train import EXIT_ERROR, EXIT_INTERRUPTED, environment
 from sivae import startup
@@ -33,7 +31,6 @@ from sivae.config import ConfigError
 from sivae.errors import UserError
 from sivae.storage import Folder
 
-SAME_REQUEST_SEC = 1.0
 SPEC_FILE, CONFIG_FILE, TUNE_FOLDER = "sweep.yaml", "base.yaml", "tune"
 FIRST_FILE = "tuner.pkl"  # of Tune's: before it is there, no trial has started
 
@@ -72,13 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
         say("stopped; run the same command to go on")
         return EXIT_INTERRUPTED
     finally:
-        if "ray" in sys.modules:
-            sys.modules["ray"].shutdown()
+        cluster.leave()
 
 
 def sweep(options: argparse.Namespace) -> int:
     signals = Signals()
-    signals.listen()
     spec = sweep_spec.in_full(sweep_spec.load(options.sweep, options.overrides))
     settings = spec.settings(spec.corners()[0])
     variables = environment(options.env)
@@ -86,21 +81,17 @@ def sweep(options: argparse.Namespace) -> int:
     with hold(folder):
         base = read_base(spec)
         refuse_another(folder, spec, base)
-        try:
-            cluster.connect(options.address, variables, dashboard=True)
-            signals.listen()
-        except SystemExit:  # how Ray answers SIGTERM: while it starts it takes our handler's place
-            raise KeyboardInterrupt from None
+        signals.check()
+        beside_main(lambda: cluster.connect(options.address, variables, dashboard=True))
+        signals.check()
         gpus = float(settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus()))
         together = concurrency(spec, gpus)
         folder.write(text_of(spec).encode(), SPEC_FILE)
         # Trials begin for days, and on other nodes: the file that they vary is the one of now.
         folder.write(base, CONFIG_FILE)
         spec = spec.model_copy(update={"config": f"{folder.url}/{CONFIG_FILE}"})
-        tune_trials(spec, folder, gpus, together, options.cache_dir, signals.asked)
-        if signals.asked.is_set():
-            say("stopped; run the same command to go on")
-            return EXIT_INTERRUPTED
+        tune_trials(spec, folder, gpus, together, options.cache_dir, signals)
+        signals.check()
         from launch import sweep_report
 
         for line in sweep_report.write(spec, folder):
@@ -166,13 +157,14 @@ def concurrency(spec: Spec, gpus: float) -> int:
 
 
 def tune_trials(
-    spec: Spec, folder: Folder, gpus: float, together: int, cache_dir: str | None, asked: threading.Event
+    spec: Spec, folder: Folder, gpus: float, together: int, cache_dir: str | None, signals: Signals
 ) -> None:
     """Start the trials, or go on with them, to their end or until a signal comes. Raises UserError when none can succeed."""
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a SIGKILL may cost
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # else it prints tables of its own
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # tracebacks; they are kept in its own folder
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that fails at once reports nothing
     import logging
@@ -196,6 +188,7 @@ def tune_trials(
     )
     watch, stop = sweep_watch.Watch(spec, folder), sweep_watch.Stop()
     sweep_watch.boards.append(board)
+    sweep_watch.stops.append(signals.asked)
     where = dict(storage_path=folder.path if folder.is_local else folder.join())
     if not folder.is_local:
         from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -228,8 +221,7 @@ def tune_trials(
                 failure_config=tune.FailureConfig(max_failures=spec.max_failures),
             ),
         )  # fmt: skip
-    if asked.is_set():  # and nobody saw it: Python drops what is raised in some places, as in an import
-        raise KeyboardInterrupt
+    signals.check()
     tuner.fit()
     watch.listen()
     if sweep_watch.fatal:
@@ -294,33 +286,6 @@ def within(spec: Spec):
         return min(max(value, values[0]), values[1]) if kind in ("uniform", "loguniform") else value
 
     return lambda config: config | {"point": {key: one(key, value) for key, value in config["point"].items()}}
-
-
-class Signals:
-    """`asked` is set on SIGINT and SIGTERM, of which Tune hears as SIGUSR1: then it saves its state and ends the trials. Asked
-    again, this process ends at once."""
-
-    def __init__(self):
-        self.asked = threading.Event()
-        self._first_sec = 0.0
-
-    def listen(self) -> None:
-        """Also again: others put their own handlers in the place of these."""
-        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number, frame) -> None:
-        if self.asked.is_set():
-            if time.monotonic() - self._first_sec > SAME_REQUEST_SEC:
-                os._exit(128 + number)
-            return
-        self._first_sec = time.monotonic()
-        self.asked.set()
-        if callable(signal.getsignal(signal.SIGUSR1)):
-            os.kill(os.getpid(), signal.SIGUSR1)
-        else:
-            raise KeyboardInterrupt  # nothing runs yet
 
 
 if __name__ == "__main__":

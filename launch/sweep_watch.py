@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -22,6 +24,7 @@ from sivae.storage import Folder
 LISTEN_SEC = 1.0
 fatal: list[str] = []  # why no trial of this process's sweep can succeed
 boards: list[Any] = []  # where the trials of this process's sweep leave word
+stops: list[threading.Event] = []  # set when somebody asks this process's sweep to stop
 
 
 def say(text: str) -> None:
@@ -44,6 +47,10 @@ class Watch(TrialProgressCallback):
         for one in sorted(trials, key=lambda other: other.trial_id):  # the same after an interruption
             self.number(one)
         say(f"trial {self.number(trial)} ({trial.trial_id}) starts: {shown(trial.config['point'])}")
+
+    def on_step_begin(self, iteration, trials, **info):
+        if any(stop.is_set() for stop in stops):
+            signal.raise_signal(signal.SIGUSR1)  # of which Tune hears: then it saves its state and ends the trials
 
     def on_step_end(self, iteration, trials, **info):
         if time.monotonic() >= self.next_look:

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import signal
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,16 +318,6 @@ def test_sigterm_before_the_trials_is_an_interruption_too(start, spec_file, tmp_
     assert "run the same command to go on" in process.text and "Traceback" not in process.text
 
 
-def test_a_wish_to_stop_that_python_drops_is_heard(spec_file, tmp_path, monkeypatch):
-    """While it starts the wish is an exception, of which Python makes a line on stderr in the middle of some imports."""
-    spec = sweep_spec.load(spec_file({"objective.beta_kl": {"choice": [1.0]}}))
-    asked = threading.Event()
-    asked.set()
-    monkeypatch.setattr("ray.tune.Tuner.fit", lambda self: pytest.fail("it trains"))
-    with pytest.raises(KeyboardInterrupt):
-        sweep.tune_trials(spec, Folder(str(tmp_path / "sweep")), 0.0, 1, None, asked)
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_sweeps_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -507,7 +496,7 @@ def test_a_trial_that_was_killed_tells_its_last_checkpoint(tmp_path, monkeypatch
     folder.write(b"{}", "checkpoints", "000000000320.0", "manifest.json")
     lines = [json.dumps({"images_seen": images, "time": 1.0, "terms/rec": images / 10}) for images in (160, 320, 480)]
     folder.write("\n".join([*lines, '{"images_se']).encode(), "metrics.jsonl")
-    killed = trial.Trial("one", {}, None, None, folder, 0.0, None)
+    killed = trial.Trial("one", {}, None, None, folder, 0.0, None, None)
     monkeypatch.setattr(killed, "_report", lambda *report: told.append(report))
     for known in (None, "000000000160.0", "000000000320.0", "000000000480.0"):
         killed.told = known
