@@ -51,7 +51,7 @@ def connect(
     """Join the cluster at `address` (host:port), or start a Ray on this machine alone when it is None.
 
     `env_vars` reach every worker. Waits up to `wait_sec` for the cluster to answer, or until `asked` is set, which raises
-    KeyboardInterrupt. To be called beside the main thread, see `signals.beside_main`. Raises UserError in one sentence when
+    KeyboardInterrupt. To be called beside the main thread, see `Signals.beside`. Raises UserError in one sentence when
     nothing answers there, or the token is wrong, or `dashboard` is needed and the cluster has none.
     """
     prepare_environment()

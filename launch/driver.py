@@ -10,7 +10,7 @@ from pathlib import Path
 from launch import cluster, train
 from launch.cluster import Need
 from launch.run import Limits, Outcome, Run, parse_workers, sizes
-from launch.signals import Signals, beside_main
+from launch.signals import Signals
 from launch.supervise import LOST, hear, say_ended
 from sivae.config import ConfigError
 from sivae.errors import UserError
@@ -73,7 +73,7 @@ def drive(arguments: list[str]) -> int:
             failures=failures,
         ).go()  # fmt: skip
 
-    outcome = beside_main(go)
+    outcome = signals.beside(go)
     if outcome.interrupted:
         say(
             f"stopped, checkpoint {outcome.checkpoint} is saved; run the same command to go on"

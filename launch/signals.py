@@ -25,41 +25,44 @@ class Signals:
     def __init__(self):
         self.asked = threading.Event()
         self._first_sec = 0.0
-        for number in ASKING:
-            signal.signal(number, self._handle)
+        self._listen()
 
     def check(self) -> None:
         """Raises KeyboardInterrupt when somebody has asked."""
         if self.asked.is_set():
             raise KeyboardInterrupt
 
+    def beside(self, work: Callable[[], Any]) -> Any:
+        """work() in a thread beside the main one, which stays free to hear signals, for Ray's compiled code keeps them waiting.
+
+        The thread stays until this process ends: Ray's processes are killed with the thread that has started them.
+        """
+        done, box = threading.Event(), {}
+
+        def run() -> None:
+            try:
+                box["result"] = work()
+            except BaseException as error:  # noqa: BLE001 (raised below)
+                box["error"] = error
+            done.set()
+            threading.Event().wait()
+
+        threading.Thread(target=run, daemon=True).start()
+        while not done.wait(0.1):
+            self._listen()  # Ray's start puts a handler of its own in the place of ours
+        self._listen()
+        if "error" in box:
+            raise box["error"]
+        return box["result"]
+
+    def _listen(self) -> None:
+        for number in ASKING:
+            signal.signal(number, self._handle)
+
     def _handle(self, number, frame) -> None:
+        signal.alarm(0)  # where Ray's handler came first it aborts the process after three seconds
         if not self.asked.is_set():
             self._first_sec = time.monotonic()
             self.asked.set()
         elif time.monotonic() - self._first_sec > float(os.environ.get("SIVAE_SAME_REQUEST_SEC", SAME_REQUEST_SEC)):
             os._exit(128 + number)  # the cluster ends what this process started there
-
-
-def beside_main(work: Callable[[], Any]) -> Any:
-    """work() in a thread beside the main one, which stays free to hear signals: Ray's start would put handlers of its own in the
-    place of ours there, and its compiled code keeps them waiting.
-
-    The thread stays until this process ends: Ray's processes are killed with the thread that has started them.
-    """
-    done, box = threading.Event(), {}
-
-    def run() -> None:
-        try:
-            box["result"] = work()
-        except BaseException as error:  # noqa: BLE001 (raised below)
-            box["error"] = error
-        done.set()
-        threading.Event().wait()
-
-    threading.Thread(target=run, daemon=True).start()
-    while not done.wait(0.2):
-        pass
-    if "error" in box:
-        raise box["error"]
-    return box["result"]

@@ -23,7 +23,7 @@ import fsspec
 import yaml
 
 from launch import cluster, sweep_spec
-from launch.signals import Signals, beside_main
+from launch.signals import Signals
 from launch.sweep_spec import Spec
 from launch.train import EXIT_ERROR, EXIT_INTERRUPTED, environment
 from sivae import startup
@@ -82,7 +82,7 @@ def sweep(options: argparse.Namespace) -> int:
         base = read_base(spec)
         refuse_another(folder, spec, base)
         signals.check()
-        beside_main(lambda: cluster.connect(options.address, variables, dashboard=True))
+        signals.beside(lambda: cluster.connect(options.address, variables, dashboard=True))
         signals.check()
         gpus = float(settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus()))
         together = concurrency(spec, gpus)
