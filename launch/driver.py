@@ -61,7 +61,6 @@ def drive(arguments: list[str]) -> int:
         )  # fmt: skip
 
     def go() -> Outcome:
-        signals.check()
         wait_sec = options.wait if failures else 0.0
         cluster.connect(options.address, train.environment(options.env), wait_sec=wait_sec, asked=signals.asked)
         signals.check()

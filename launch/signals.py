@@ -1,7 +1,8 @@
 """How a driver hears that it is asked to stop.
 
 What a handler raises comes in the middle of anything: Python drops it in a destructor or in an import, and inside Ray's start a
-lock may stay held for ever. So a handler here only notes the wish, and whoever works looks at it between two things.
+lock may stay held for ever. So a handler here notes the wish, and whoever works looks at it between two things. It also raises
+KeyboardInterrupt, but only before there is Ray: settings may be read from a place that hangs.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ SAME_REQUEST_SEC = 1.0
 
 
 class Signals:
-    """`asked` is set on SIGINT and SIGTERM. Asked again, this process ends at once. The main thread may not wait for `asked`:
-    the handler, which interrupts it, could not set it then."""
+    """`asked` is set on SIGINT and SIGTERM; before the first `beside` they also raise. Asked again, this process ends at once. The
+    main thread may not wait for `asked`: the handler, which interrupts it, could not set it then."""
 
     def __init__(self):
         self.asked = threading.Event()
         self._first_sec = 0.0
+        self._raises = True
         self._listen()
 
     def check(self) -> None:
@@ -37,6 +39,8 @@ class Signals:
 
         The thread stays until this process ends: Ray's processes are killed with the thread that has started them.
         """
+        self._raises = False
+        self.check()
         done, box = threading.Event(), {}
 
         def run() -> None:
@@ -64,5 +68,7 @@ class Signals:
         if not self.asked.is_set():
             self._first_sec = time.monotonic()
             self.asked.set()
+            if self._raises:
+                raise KeyboardInterrupt
         elif time.monotonic() - self._first_sec > float(os.environ.get("SIVAE_SAME_REQUEST_SEC", SAME_REQUEST_SEC)):
             os._exit(128 + number)  # the cluster ends what this process started there

@@ -81,7 +81,6 @@ def sweep(options: argparse.Namespace) -> int:
     with hold(folder):
         base = read_base(spec)
         refuse_another(folder, spec, base)
-        signals.check()
         signals.beside(lambda: cluster.connect(options.address, variables, dashboard=True))
         signals.check()
         gpus = float(settings.run.device == "cuda" or (settings.run.device == "auto" and cluster.has_gpus()))

@@ -93,6 +93,8 @@ class Watch(TrialProgressCallback):
 
 def ended(trial: Trial) -> str:
     """How a trial's process ended when it left no word in the trial's folder, as a clause."""
+    if trial.pickled_error_file is None:  # Tune writes down what came from the trial's process, not what it met itself
+        return "could not be run"
     with open(trial.pickled_error_file, "rb") as file:
         error = pickle.load(file)
     if isinstance(error, RayActorError):

@@ -22,12 +22,20 @@ def signals():
 
 @pytest.mark.parametrize("number", ASKING)
 def test_a_wish_is_noted_and_nothing_raised(signals, number):
+    signals.beside(lambda: None)
     signals.check()
     signal.alarm(60)  # as Ray's handler does before it calls ours
     signal.raise_signal(number)
     assert signal.alarm(0) == 0
     with pytest.raises(KeyboardInterrupt):
         signals.check()
+
+
+def test_before_there_is_ray_it_is_raised_and_noted_where_that_is_lost(signals):
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        signals.beside(lambda: pytest.fail("it goes on"))
 
 
 def test_our_handlers_come_back_beside_work_that_takes_them(signals):

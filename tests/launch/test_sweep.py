@@ -451,6 +451,12 @@ def test_a_space_in_another_form_or_of_what_the_sweep_sets(spec_file, space, wor
         sweep_spec.load(spec_file(space))
 
 
+def test_a_trial_that_tune_could_not_run_is_told():
+    from launch.sweep_watch import ended
+
+    assert ended(SimpleNamespace(pickled_error_file=None)) == "could not be run"
+
+
 def test_every_choice_is_named_in_the_picture(spec_file):
     from matplotlib import pyplot
 
