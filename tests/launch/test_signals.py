@@ -44,7 +44,9 @@ def test_our_handlers_come_back_beside_work_that_takes_them(signals):
 
     def work() -> str:
         taken.wait(10)
+        deadline = time.monotonic() + 10
         while signal.getsignal(signal.SIGTERM) != ours:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         return "done"
 
